@@ -1,0 +1,1 @@
+"""Feature reuse between sampler steps: the cache itself and the networks that skip what is cached."""

@@ -1,0 +1,280 @@
+"""Configuration: `_base.yaml` ← method YAML ← model YAML ← overrides, checked against one schema.
+
+Every key that exists is a field below. A key that does not exist, or has the wrong type, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cachequant.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """Which pretrained pipeline is accelerated. `path`: diffusers folder (relative to the repository) or hub id."""
+
+    path: str = ""
+    name: str = ""
+
+
+@dataclass
+class SamplerConfig:
+    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance."""
+
+    steps: int = 100
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    prompts: str | None = None
+    labels: list[int] | None = None
+
+
+@dataclass
+class CacheConfig:
+    """What is reused and how often. `branch` counts decoder positions behind the cache site, 0 keeps only the last."""
+
+    enabled: bool = True
+    interval: int = 10
+    branch: int = 0
+
+
+@dataclass
+class ScheduleConfig:
+    """`kind`: uniform, power or dps. `cost`: l1, l2 or sampler. `fallback`: measure uniform too and keep the better."""
+
+    kind: str = "dps"
+    cost: str = "l1"
+    fallback: bool = False
+    center: float = 0.0
+    power: float = 1.4
+
+
+@dataclass
+class CorrectionConfig:
+    """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers."""
+
+    cache: bool = True
+    forecast: bool = False
+    layers: str = "consumers"
+    trajectory: str = "full_precision"
+    ridge: float = 0.0
+
+
+@dataclass
+class QuantConfig:
+    """Bits and range search. `ends_bits` / `attention_bits` None leaves end convolutions / attention operands as they are."""
+
+    enabled: bool = True
+    weight_bits: int = 8
+    activation_bits: int = 8
+    ends_bits: int | None = 8
+    attention_bits: int | None = 8
+    time_embedding: bool = True
+    weight_search: str = "mse"
+    activation_search: str = "mse"
+
+
+@dataclass
+class CalibrationConfig:
+    """Sizes of the calibration. `samples` trajectories; `refresh_inputs` / `cached_inputs` of them kept per step."""
+
+    samples: int = 16
+    batch_size: int = 16
+    refresh_inputs: int = 16
+    cached_inputs: int = 16
+    seed: int = 1243
+
+
+@dataclass
+class SampleConfig:
+    """Stage 6: how many images, in batches of what size, from which first seed."""
+
+    count: int = 16
+    batch_size: int = 16
+    seed: int = 90000
+
+
+@dataclass
+class RunConfig:
+    """The whole configuration of a run."""
+
+    method: str = "best"
+    output: str = "runs"
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+_CHOICES = {
+    "schedule.kind": ("uniform", "power", "dps"),
+    "schedule.cost": ("l1", "l2", "sampler"),
+    "correction.layers": ("none", "consumers", "all"),
+    "correction.trajectory": ("full_precision", "free_running"),
+    "quant.weight_search": ("minmax", "mse", "percentile"),
+    "quant.activation_search": ("minmax", "mse", "percentile"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "sampler.steps": (1, 100_000),
+    "sampler.eta": (0, 1),
+    "cache.interval": (1, 100_000),
+    "cache.branch": (0, 1000),
+    "correction.ridge": (0, 1e6),
+    "quant.weight_bits": (2, 8),
+    "quant.activation_bits": (2, 8),
+    "quant.ends_bits": (2, 8),
+    "quant.attention_bits": (2, 8),
+    "calibration.samples": (1, 10**7),
+    "calibration.batch_size": (1, 10**6),
+    "calibration.refresh_inputs": (1, 10**7),
+    "calibration.cached_inputs": (1, 10**7),
+    "calibration.seed": (0, 2**62),
+    "sample.count": (1, 10**8),
+    "sample.batch_size": (1, 10**6),
+    "sample.seed": (0, 2**62),
+}
+
+
+def repository_folder() -> Path:
+    """The folder that holds `configs/` and `assets/`: the checkout that this package is installed from."""
+    return Path(__file__).resolve().parent.parent
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a model YAML, put it over its method and the base, apply overrides, and check everything.
+
+    Args:
+        path: model YAML. `method: NAME` in it (or in an override) chooses configs/method/NAME.yaml, or a YAML path.
+        overrides: `key=value` strings, as `--set` gives them.
+
+    Raises:
+        UserError: missing file, YAML that does not parse, unknown key, wrong type, value out of range.
+    """
+    path = Path(path)
+    own = _read_yaml(path)
+    extra = _parse_overrides(overrides or [])
+    base = _read_yaml(repository_folder() / "configs" / "_base.yaml")
+    merged = OmegaConf.merge(base, own, extra)
+    method = OmegaConf.select(merged, "method", default="best")
+    method_yaml = _read_yaml(method_path(str(method)))
+    _reject_unknown(own, path.name)
+    _reject_unknown(method_yaml, f"method {method}")
+    _reject_unknown(extra, "--set")
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
+        resolved = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}; expected the types in cachequant/config.py") from None
+    assert isinstance(resolved, RunConfig)
+    validate(resolved)
+    return resolved
+
+
+def method_path(method: str) -> Path:
+    """Path of a method YAML given by name or by path."""
+    if method.endswith((".yaml", ".yml")):
+        return Path(method)
+    path = repository_folder() / "configs" / "method" / f"{method}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise UserError(f"method is {method!r}, expected one of {', '.join(names)} or the path of a YAML")
+    return path
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dictionary of a resolved configuration, ready for JSON."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """The inverse of `config_to_dict`, with the same checks as `load_config`."""
+    try:
+        resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(values)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_first_line(error)}") from None
+    assert isinstance(resolved, RunConfig)
+    validate(resolved)
+    return resolved
+
+
+def validate(config: RunConfig) -> None:
+    """Check choices and ranges.
+
+    Raises:
+        UserError: names the key, what was given and what was expected.
+    """
+    for key, choices in _CHOICES.items():
+        value = _lookup(config, key)
+        if value not in choices:
+            raise UserError(f"{key} is {value!r}, expected one of {', '.join(choices)}: correct it in the YAML or with --set")
+    for key, (low, high) in _RANGES.items():
+        value = _lookup(config, key)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{key} is {value}, expected {low:g} to {high:g}: correct it in the YAML or with --set")
+    if config.cache.interval > config.sampler.steps:
+        raise UserError(
+            f"cache.interval is {config.cache.interval} and sampler.steps is {config.sampler.steps}, "
+            "expected an interval of at most the steps: lower cache.interval"
+        )
+
+
+def _lookup(config: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}; expected a YAML such as configs/fashion.yaml")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} holds a list or a scalar, expected `key: value` lines")
+    return loaded
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"--set {item!r}: expected key=value, such as cache.interval=5")
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"--set {' '.join(overrides)}: {_first_line(error)}") from None
+
+
+def _reject_unknown(given: Any, where: str, schema: Any = RunConfig, prefix: str = "") -> None:
+    """Raise for the first key that the schema lacks, naming its nearest neighbour."""
+    known = {f.name: f for f in fields(schema)}
+    for key in given:
+        name = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {name}; {hint}")
+        factory = known[key].default_factory
+        if is_dataclass(factory):
+            value = given[key]
+            if not isinstance(value, DictConfig):
+                raise UserError(f"{where}: {name} is {value!r}, expected a section of keys")
+            _reject_unknown(value, where, factory, f"{name}.")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())

@@ -1,0 +1,113 @@
+"""DEC: decoupled error correction by per-channel least squares from streaming sums (CacheQuant section 3.3).
+
+Differences from the released code: one normalisation for covariance and variance (it divides 1/n by 1/(n-1)), a guard for
+constant channels (it returns NaN), sums instead of stored features, and an optional second regressor (the forecast).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cachequant.types import AffineMap
+
+NEGLIGIBLE_VARIANCE = 1e-10
+"""Variance below this share of the second moment (float64 rounding of the sums) counts as a constant channel."""
+
+
+class Moments:
+    """Sums that determine the regression of y on one or two features, per channel.
+
+    Holds the Gram matrix of (x₁, …, x_F, y, 1): [C, F+2, F+2] float64; memory does not grow with the data.
+
+    Args:
+        gram: [C, F+2, F+2] sums gathered before, or None to begin.
+    """
+
+    def __init__(self, gram: Tensor | None = None) -> None:
+        self.gram = gram
+
+    def update(self, features: tuple[Tensor, ...], target: Tensor, channel_dim: int = 1) -> None:
+        """Add the pairs of one batch: every tensor has the same shape [..., C at channel_dim, ...]."""
+        rows = [t.detach().movedim(channel_dim, 0).flatten(1).double() for t in (*features, target)]  # [C, n]
+        rows.append(torch.ones_like(rows[0]))
+        stacked = torch.stack(rows, dim=1)  # [C, F+2, n]
+        gram = stacked @ stacked.transpose(1, 2)  # [C, F+2, F+2]
+        self.gram = gram if self.gram is None else self.gram + gram
+
+    def solve(self, ridge: float = 0.0) -> AffineMap:
+        """Least squares y ≈ scale·x₁ (+ previous·x₂) + shift.
+
+        With C the covariance of the features: (C + ridge·diag C) (θ - θ₀) = Cov(x, y) - C θ₀, shrunk towards θ₀ = (1, 0),
+        no change. Where Var(x) is negligible the factor stays θ₀ and the shift becomes ȳ - x̄.
+
+        Raises:
+            ValueError: nothing was added yet.
+        """
+        if self.gram is None:
+            raise ValueError("no pairs were added to these moments")
+        count = self.gram[:, -1, -1]  # [C]
+        mean = self.gram[:, :-1, -1] / count[:, None]  # [C, F+1]
+        second = self.gram[:, :-1, :-1] / count[:, None, None]  # [C, F+1, F+1]
+        covariance = second - mean[:, :, None] * mean[:, None, :]  # [C, F+1, F+1]
+        theta = _solve(covariance, second, ridge)  # [C, F]
+        shift = mean[:, -1] - (theta * mean[:, :-1]).sum(1)  # [C]
+        previous = theta[:, 1].float() if theta.shape[1] == 2 else None
+        return AffineMap(theta[:, 0].float(), shift.float(), previous)
+
+
+def _solve(covariance: Tensor, second: Tensor, ridge: float) -> Tensor:
+    """θ [C, F] from the joint covariance [C, F+1, F+1] of features and target; see `Moments.solve`."""
+    features = covariance[:, :-1, :-1]  # [C, F, F]
+    diagonal = features.diagonal(dim1=1, dim2=2)  # [C, F]
+    alive = diagonal > NEGLIGIBLE_VARIANCE * second.diagonal(dim1=1, dim2=2)[:, :-1]  # [C, F]
+    pair = alive[:, :, None] & alive[:, None, :]
+    damped = diagonal * (1.0 + ridge) if ridge else diagonal
+    system = torch.where(pair, features, 0.0)
+    system.diagonal(dim1=1, dim2=2).copy_(torch.where(alive, damped, 1.0))
+    prior = torch.zeros_like(diagonal)
+    prior[:, 0] = 1.0
+    gap = covariance[:, :-1, -1] - (features * prior[:, None, :]).sum(2)  # [C, F] Cov(x, y) - C θ₀
+    gap = torch.where(alive, gap, 0.0)
+    inverse = torch.linalg.pinv(system, hermitian=True, rtol=1e-12)  # identical features share the weight
+    solution = inverse @ gap[:, :, None]
+    return prior + solution[:, :, 0]
+
+
+def fit_affine(x: Tensor, y: Tensor, channel_dim: int = 1) -> AffineMap:
+    """a = Cov(x, y) / Var(x), b = ȳ - a·x̄ per channel, pooled over every other dimension (paper equation 10).
+
+    Args:
+        x: feature that will be used [..., C, ...].
+        y: feature that it should equal, same shape.
+        channel_dim: which dimension is C.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"x is {list(x.shape)} and y is {list(y.shape)}: they must agree")
+    moments = Moments()
+    moments.update((x,), y, channel_dim)
+    return moments.solve()
+
+
+def fold_into_epilogue(
+    product_scale: Tensor, bias: Tensor | None, correction: AffineMap | None
+) -> tuple[Tensor, Tensor | None]:
+    """Absorb a₂, b₂ into the epilogue of an integer layer.
+
+    a₂·(s·p) + b₂ + bias = (a₂·s)·p + (b₂ + bias): the integer weights never change with the step.
+
+    Args:
+        product_scale: [C] factor s that turns the integer product p into real numbers.
+        bias: [C] or None.
+        correction: map of this step, or None.
+
+    Returns:
+        (scale [C], shift [C] or None) of the epilogue.
+    """
+    if correction is None:
+        return product_scale, bias
+    shift = correction.shift if bias is None else correction.shift + bias
+    return product_scale * correction.scale, shift

@@ -1,0 +1,112 @@
+"""Adapter for diffusers' convolutional U-Nets (`UNet2DModel`, `UNet2DConditionModel`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachequant.cache.deepcache import cache_site, decoder_concats, shallow_module_names, shallow_view
+from cachequant.types import AffineMap
+
+
+class UNetAdapter:
+    """Cuts a U-Net at one decoder concat; see `cachequant.models.adapter.Adapter` for the contract.
+
+    Args:
+        denoiser: the U-Net.
+        branch: decoder positions behind the cut, 0 keeps only the last.
+
+    Raises:
+        UserError: the network has no such position.
+    """
+
+    def __init__(self, denoiser: nn.Module, branch: int = 0) -> None:
+        self.denoiser, self.branch = denoiser, branch
+        self._forward = type(denoiser).forward
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Find the cut again and make a fresh shallow view (after modules were replaced)."""
+        self.site = cache_site(self.denoiser, self.branch)
+        self.width = self.site.width
+        self._view, self._entry = shallow_view(self.denoiser, self.site.tail)
+
+    def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Whole network and the tensor at the cache site: ([B, C, H, W], [B, width, h, w])."""
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            caught.append(inputs[0][:, : self.width].clone(memory_format=torch.preserve_format))
+
+        handle = self.site.consumer.register_forward_pre_hook(catch)
+        try:
+            output = self._run(self.denoiser, x, timestep, cond, kwargs)
+        finally:
+            handle.remove()
+        return output, caught[0]
+
+    def cached(
+        self, x: Tensor, timestep: Any, cond: Any, cached_feature: Tensor, correction: AffineMap | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stem, kept encoder head, kept decoder tail and head, from the (corrected) feature: [B, C, H, W]."""
+        self._entry.feature = cached_feature if correction is None else correction.apply(cached_feature)
+        try:
+            return self._run(self._view, x, timestep, cond, _without_deep_residual(kwargs))
+        finally:
+            self._entry.feature = None
+
+    def _run(self, network: nn.Module, x: Tensor, timestep: Any, cond: Any, kwargs: dict[str, Any]) -> Tensor:
+        """One call of the class's own forward, past any wrapper installed on the instance."""
+        if cond is not None:
+            kwargs = {**kwargs, self._condition_name: cond}
+        elif self._condition_name == "encoder_hidden_states":
+            kwargs = {"encoder_hidden_states": None, **kwargs}
+        return self._forward(network, x, timestep, **{**kwargs, "return_dict": False})[0]
+
+    @property
+    def _condition_name(self) -> str:
+        """What `cond` means here: class ids, or the context of cross attention."""
+        return "encoder_hidden_states" if hasattr(self.denoiser, "encoder_hid_proj") else "class_labels"
+
+    def shallow_names(self) -> set[str]:
+        """Names of the modules that a cached step runs."""
+        return shallow_module_names(self.denoiser, self.site.tail)
+
+    def end_names(self) -> set[str]:
+        """The stem and the head: the only convolutions that read x_t or write the prediction."""
+        return {"conv_in", "conv_out"}
+
+    def time_names(self) -> set[str]:
+        """Time (and class) embedding layers and the resnets' projections of it."""
+        embedding = ("time_embedding.", "class_embedding.", "add_embedding.")
+        return {
+            name
+            for name, module in self.denoiser.named_modules()
+            if name.startswith(embedding) or name.endswith("time_emb_proj") and isinstance(module, nn.Module)
+        }
+
+    def splits(self) -> dict[str, int]:
+        """First convolution and shortcut of every decoder resnet: name -> channels of the h half."""
+        names = {id(m): n for n, m in self.denoiser.named_modules()}
+        found = {}
+        for resnet, width in decoder_concats(self.denoiser):
+            for child in ("conv1", "conv_shortcut"):
+                if getattr(resnet, child, None) is not None:
+                    found[f"{names[id(resnet)]}.{child}"] = width
+        return found
+
+    def consumers(self) -> tuple[str, ...]:
+        """First convolution and shortcut of the resnet that reads the cached feature."""
+        prefix = next(n for n, m in self.denoiser.named_modules() if m is self.site.consumer)
+        return tuple(name for name in self.splits() if name.startswith(f"{prefix}."))
+
+
+def _without_deep_residual(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """ControlNet adds a residual behind the mid block; the cached feature already holds its effect."""
+    residual = kwargs.get("mid_block_additional_residual")
+    if residual is None:
+        return kwargs
+    return {**kwargs, "mid_block_additional_residual": torch.zeros((), dtype=residual.dtype, device=residual.device)}

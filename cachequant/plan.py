@@ -1,0 +1,156 @@
+"""A plan: everything that accelerates one model with one sampler, in one folder, without pickle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cachequant.config import RunConfig, config_from_dict, config_to_dict
+from cachequant.errors import UserError
+from cachequant.storage import (
+    content_hash,
+    file_hash,
+    load_json,
+    load_tensors,
+    make_folder,
+    pack_correction,
+    pack_quant,
+    save_json,
+    save_tensors,
+    unpack_correction,
+    unpack_quant,
+)
+from cachequant.types import Correction, QuantState, Schedule
+
+SCHEMA = 1
+TENSOR_FILES = ("correction.safetensors", "quant.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a plan fits to; compared field by field when it is enabled.
+
+    Attributes:
+        model: class of the denoiser.
+        weights: sha256 over the names, shapes and values of its parameters.
+        scheduler: class of the scheduler and the settings that move timesteps or noise levels, as one hash.
+        guidance: "none" or "cfg".
+    """
+
+    model: str
+    weights: str
+    scheduler: str
+    guidance: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Schedule, corrections and quantisation of one model under one sampler.
+
+    Attributes:
+        config: the resolved configuration that made it.
+        identity: the model and sampler it belongs to.
+        timesteps: training timestep of every evaluation, in sampling order (length T).
+        schedule: which evaluations run the whole network.
+        correction: maps of the cached feature and of the layers' products.
+        quant: integer weights and activation tables, or None for caching alone.
+        provenance: versions, seed, hashes of the parents, measured costs.
+    """
+
+    config: RunConfig
+    identity: ModelIdentity
+    timesteps: tuple[int, ...]
+    schedule: Schedule
+    correction: Correction = field(default_factory=Correction)
+    quant: QuantState | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder: tensors first, `plan.json` with their hashes last, each renamed into place.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        folder = make_folder(Path(folder))
+        save_tensors(folder / "correction.safetensors", pack_correction(self.correction))
+        save_tensors(folder / "quant.safetensors", pack_quant(self.quant) if self.quant else {})
+        record = self._record()
+        record["files"] = {name: file_hash(folder / name) for name in TENSOR_FILES}
+        save_json(folder / "plan.json", {**record, "checksum": content_hash(record)})
+        return folder
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "config": config_to_dict(self.config),
+            "identity": asdict(self.identity),
+            "timesteps": list(self.timesteps),
+            "schedule": {**asdict(self.schedule), "refresh_steps": list(self.schedule.refresh_steps)},
+            "quantised": self.quant is not None,
+            "provenance": self.provenance,
+        }
+
+    @staticmethod
+    def load(folder: str | Path) -> Plan:
+        """Read and verify a plan folder.
+
+        Raises:
+            UserError: missing, cut short, edited, or of an unknown schema; the message names the file.
+        """
+        folder = Path(folder)
+        if not (folder / "plan.json").is_file():
+            raise UserError(f"no plan in {folder}: expected a folder with plan.json, made by `cachequant run` or Plan.save")
+        record = load_json(folder / "plan.json")
+        _verify(record, folder)
+        try:
+            schedule = {**record["schedule"], "refresh_steps": tuple(record["schedule"]["refresh_steps"])}
+            quant = unpack_quant(load_tensors(folder / "quant.safetensors")) if record["quantised"] else None
+            return Plan(
+                config_from_dict(record["config"]),
+                ModelIdentity(**record["identity"]),
+                tuple(record["timesteps"]),
+                Schedule(**schedule),
+                unpack_correction(load_tensors(folder / "correction.safetensors")),
+                quant,
+                record["provenance"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / 'plan.json'} is damaged ({error}): make the plan again") from None
+
+    def summary(self) -> str:
+        """A few lines for people: model, schedule, corrections, bits."""
+        s, quant = self.schedule, self.config.quant
+        layers = len(self.quant.layers) if self.quant else 0
+        bits = f"W{quant.weight_bits}A{quant.activation_bits} on {layers} layers" if layers else "none"
+        forecast = " with forecast" if self.correction.uses_forecast else ""
+        lines = [
+            f"model        {self.identity.model} {self.identity.weights[:12]}, guidance {self.identity.guidance}",
+            f"sampler      {s.num_steps} evaluations, scheduler {self.identity.scheduler[:24]}",
+            f"schedule     interval {s.interval}: {len(s.refresh_steps)} full steps {_shorten(s.refresh_steps)}",
+            f"corrections  {len(self.correction.cache)} cached steps{forecast}, {len(self.correction.layers)} layers",
+            f"quantised    {bits}",
+        ]
+        if s.cost is not None and s.uniform_cost is not None:
+            lines.insert(3, f"objective    {s.cost:.6g} (uniform schedule {s.uniform_cost:.6g})")
+        return "\n".join(lines)
+
+
+def _verify(record: Any, folder: Path) -> None:
+    """Schema, checksum of plan.json, and hashes of the tensor files."""
+    path = folder / "plan.json"
+    if not isinstance(record, dict) or "schema" not in record:
+        raise UserError(f"{path} is not a plan: make the plan again")
+    if record["schema"] != SCHEMA:
+        raise UserError(f"{path} has schema {record['schema']!r}, expected {SCHEMA}: use the version that wrote it")
+    body = {key: value for key, value in record.items() if key != "checksum"}
+    if record.get("checksum") != content_hash(body):
+        raise UserError(f"{path} was edited or cut short (its checksum does not fit): make the plan again")
+    for name in TENSOR_FILES:
+        if not (folder / name).is_file() or file_hash(folder / name) != record["files"].get(name):
+            raise UserError(f"{folder / name} is missing or was changed after the plan was saved: make the plan again")
+
+
+def _shorten(steps: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, steps[:12]))
+    return f"[{shown}, …]" if len(steps) > 12 else f"[{shown}]"

@@ -1,0 +1,1 @@
+"""Uniform affine quantisation: grids, range search, layers and their conversion."""

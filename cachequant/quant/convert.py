@@ -1,0 +1,132 @@
+"""Swap a network's layers for quantised ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.quant.attention import OPERANDS, QuantAttention
+from cachequant.quant.layers import Mode, QuantLayer, quantize_weight
+from cachequant.types import ActivationTable, Correction, LayerQuant, QuantState
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is to be quantised. `split`: channels of the h segment behind a decoder concat, 0 for none."""
+
+    weight_bits: int
+    activation_bits: int
+    split: int = 0
+
+
+@dataclass
+class QuantizedNetwork:
+    """The quantised layers that stand in a network, and what they replaced."""
+
+    network: nn.Module
+    layers: dict[str, QuantLayer] = field(default_factory=dict)
+    attentions: dict[str, QuantAttention] = field(default_factory=dict)
+
+    def set_mode(self, mode: Mode, names: Iterable[str] | None = None) -> None:
+        """Set the mode of all layers and attentions, or of the named layers only."""
+        if names is not None:
+            for name in names:
+                self.layers[name].mode = mode
+            return
+        for module in (*self.layers.values(), *self.attentions.values()):
+            module.mode = mode
+
+    def finish_step(self, step: int) -> None:
+        """Turn what was observed into the row of `step`."""
+        for layer in self.layers.values():
+            for quantizer in layer.quantizers:
+                quantizer.finish_step(step)
+        for attention in self.attentions.values():
+            for quantizer in attention.quantizers.values():
+                quantizer.finish_step(step)
+
+    def set_clock(self, clock: FeatureCache) -> None:
+        """Make every layer read its step from another cache."""
+        for module in (*self.layers.values(), *self.attentions.values()):
+            module.clock = clock
+
+    @property
+    def state(self) -> QuantState:
+        """Weights and tables, ready to be saved."""
+        operands = {
+            f"{name}.{operand}": quantizer.table
+            for name, attention in self.attentions.items()
+            for operand, quantizer in attention.quantizers.items()
+        }
+        return QuantState({name: layer.state for name, layer in self.layers.items()}, operands)
+
+    def remove(self) -> None:
+        """Put every original layer and processor back."""
+        for name, layer in self.layers.items():
+            _replace(self.network, name, layer.source)
+        for name, attention in self.attentions.items():
+            _attention(self.network, name).processor = attention.original
+        self.layers.clear()
+        self.attentions.clear()
+
+
+def fresh_state(network: nn.Module, plans: dict[str, LayerPlan], weight_search: str) -> QuantState:
+    """Integer weights of every planned layer, with input tables still empty."""
+    layers = {}
+    for name, plan in plans.items():
+        weight = network.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        widths = (plan.split, weight.shape[1] - plan.split) if plan.split else (weight.shape[1],)
+        grids = tuple(quantize_weight(w, plan.weight_bits, weight_search) for w in weight.split(widths, dim=1))
+        layers[name] = LayerQuant(grids, tuple(empty_table(plan.activation_bits) for _ in widths), widths)
+    return QuantState(layers)
+
+
+def empty_table(bits: int) -> ActivationTable:
+    """A table without rows."""
+    return ActivationTable(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0), bits)
+
+
+def install(
+    network: nn.Module, state: QuantState, clock: FeatureCache, search: str = "mse",
+    correction: Correction | None = None, attention_bits: int | None = None,
+) -> QuantizedNetwork:
+    """Replace the layers of `state` in `network` by quantised ones.
+
+    Args:
+        network: the denoiser; changed in place until `remove()`.
+        state: weights and tables.
+        clock: tells the step.
+        search: range search for tables that are still empty.
+        correction: maps of the layers' products.
+        attention_bits: quantise attention operands; None leaves attention as it is unless `state` has operands.
+    """
+    handle = QuantizedNetwork(network)
+    for name, layer_state in state.layers.items():
+        source: Any = network.get_submodule(name)
+        maps = correction.layers.get(name) if correction else None
+        handle.layers[name] = QuantLayer(source, layer_state, clock, maps, search)
+    for name, layer in handle.layers.items():
+        _replace(network, name, layer)
+    if attention_bits is not None or state.operands:
+        for name, module in network.named_modules():
+            if hasattr(module, "processor") and hasattr(module, "to_q"):
+                tables = {o: state.operands[f"{name}.{o}"] for o in OPERANDS if f"{name}.{o}" in state.operands}
+                handle.attentions[name] = QuantAttention(module.processor, tables, attention_bits or 8, search, clock)
+        for name, attention in handle.attentions.items():
+            _attention(network, name).processor = attention
+    return handle
+
+
+def _attention(network: nn.Module, name: str) -> Any:
+    return network.get_submodule(name)
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    network.get_submodule(parent)._modules[child] = module

@@ -1,0 +1,188 @@
+"""A quantised convolution or linear layer: integer product, then one epilogue that absorbs every correction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.correction import Moments, fold_into_epilogue
+from cachequant.kernels.reference import Geometry, epilogue, product
+from cachequant.quant.affine import quantize, search_grid
+from cachequant.quant.observer import StepQuantizer
+from cachequant.types import AffineMap, LayerQuant, WeightGrid
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class Mode(Enum):
+    """What a quantised layer does when it is called.
+
+    FLOAT: the original layer. RECORD: the same, and remember the output as the target of FIT. OBSERVE: the same, and pool
+    the input for the range search. QUANTIZED: integers. PAIR: the original layer, and add (integer product, exact product)
+    of the h segment to the moments. FIT: integers, fit the recorded target, and apply the fit at once.
+    """
+
+    FLOAT = "float"
+    RECORD = "record"
+    OBSERVE = "observe"
+    QUANTIZED = "quantized"
+    PAIR = "pair"
+    FIT = "fit"
+
+
+def quantize_weight(weight: Tensor, bits: int, search: str) -> WeightGrid:
+    """Per-output-channel asymmetric grid of a weight [O, I, ...] (CacheQuant section 4.1)."""
+    rows = weight.detach().float().flatten(1)  # [O, n]
+    scale, zero_point = search_grid(rows, bits, search)
+    values = quantize(rows, scale[:, None], zero_point[:, None], bits).to(torch.uint8)
+    return WeightGrid(values.view(weight.shape), scale, zero_point, bits)
+
+
+class QuantLayer(nn.Module):
+    """Replaces one `nn.Conv2d` or `nn.Linear`, keeping its name in the network.
+
+    The input is one segment, or two behind a decoder concat: h and skip have their own grids, and only the h segment's
+    product is corrected: out = a₂·(s·p_h) + b₂ + s'·p_skip + bias (CacheQuant equation 11, with the bias outside).
+
+    Args:
+        source: the layer that is replaced.
+        state: weights and input tables; tables may still be empty before calibration.
+        clock: tells the step; the same object for all layers.
+        corrections: step -> map of the first segment's product.
+        searches: range search of the activations.
+    """
+
+    def __init__(
+        self, source: Layer, state: LayerQuant, clock: FeatureCache,
+        corrections: dict[int, AffineMap] | None = None, search: str = "mse",
+    ) -> None:
+        super().__init__()
+        self.clock, self.mode = clock, Mode.QUANTIZED
+        self.geometry, self.widths, self.weights = Geometry.of(source), state.widths, state.weights
+        self.quantizers = [
+            StepQuantizer(t.bits, search, t if len(t.steps) else None) for t in state.inputs
+        ]
+        self.corrections: dict[int, AffineMap] = dict(corrections or {})
+        self.moments: dict[int, Moments] = {}
+        self.ridge = 0.0
+        self._source = (source,)  # a tuple hides it from the module tree
+        self._target: Tensor | None = None
+        self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
+        device = source.weight.device
+        self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
+        for i, grid in enumerate(self.weights):
+            centred = grid.values.to(device).float() - _column(grid.zero_point.to(device), grid.values.dim())
+            layout = torch.channels_last if source.weight.dim() == 4 else torch.contiguous_format
+            self.register_buffer(f"weight_{i}", centred.contiguous(memory_format=layout), persistent=False)
+            self.register_buffer(f"weight_scale_{i}", grid.scale.to(device), persistent=False)
+
+    @property
+    def source(self) -> Layer:
+        """The layer that was replaced."""
+        return self._source[0]
+
+    @property
+    def state(self) -> LayerQuant:
+        """Everything that is saved about this layer."""
+        return LayerQuant(self.weights, tuple(q.table for q in self.quantizers), self.widths)
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """The layer in its current mode: [B, I, H, W] -> [B, O, H', W'], or [..., I] -> [..., O]."""
+        return _BEHAVIOUR[self.mode](self, x)
+
+    def set_corrections(self, corrections: dict[int, AffineMap]) -> None:
+        """Replace all maps; the epilogues are folded again."""
+        self.corrections = dict(corrections)
+        self._epilogues.clear()
+
+    def _segments(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.widths, dim=self.geometry.channel_dim) if len(self.widths) > 1 else (x,)
+
+    def _integer_products(self, x: Tensor) -> list[Tensor]:
+        """Integer product of each segment, without its scale."""
+        step = self.clock.step
+        return [
+            product(q.integers(part, step)[0], self.get_buffer(f"weight_{i}"), self.geometry)
+            for i, (part, q) in enumerate(zip(self._segments(x), self.quantizers, strict=True))
+        ]
+
+    def _product_scale(self, segment: int) -> Tensor:
+        """[O] factor of a segment's integer product at this step: activation scale × weight scales."""
+        return self.get_buffer(f"weight_scale_{segment}") * self.quantizers[segment].row(self.clock.step)[0]
+
+    def _epilogue_of_step(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """(scale, shift) per segment with the correction and the bias folded in, computed once per step index."""
+        step = self.clock.step
+        if step not in self._epilogues:
+            correction = self.corrections.get(step)
+            if correction is not None:
+                correction = correction.to(self.get_buffer("weight_0").device)
+            first = fold_into_epilogue(self._product_scale(0), self.bias, correction)
+            rest = tuple((self._product_scale(i), None) for i in range(1, len(self.widths)))
+            self._epilogues[step] = (first, *rest)
+        return self._epilogues[step]
+
+    def _float(self, x: Tensor) -> Tensor:
+        return self.source(x)
+
+    def _record(self, x: Tensor) -> Tensor:
+        self._target = self.source(x)
+        return self._target
+
+    def _observe(self, x: Tensor) -> Tensor:
+        for quantizer, part in zip(self.quantizers, self._segments(x), strict=True):
+            quantizer.observe(part)
+        return self.source(x)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        parts = zip(self._integer_products(x.float()), self._epilogue_of_step(), strict=True)
+        outputs = [epilogue(p, scale, shift, self.geometry.channel_dim) for p, (scale, shift) in parts]
+        return (outputs[0] if len(outputs) == 1 else outputs[0].add_(outputs[1])).to(x.dtype)
+
+    def _pair(self, x: Tensor) -> Tensor:
+        """Paper equation 11's statistics: both sides see the same input, the bias is in neither."""
+        head = self._segments(x)[0]
+        exact = product(head, self.source.weight[:, : self.widths[0]], self.geometry)
+        integers = product(self.quantizers[0].integers(head, self.clock.step)[0], self.get_buffer("weight_0"), self.geometry)
+        rounded = epilogue(integers, self._product_scale(0), None, self.geometry.channel_dim)
+        dim = self.geometry.channel_dim % x.dim()
+        self.moments.setdefault(self.clock.step, Moments()).update((rounded,), exact, dim)
+        return self.source(x)
+
+    def _fit(self, x: Tensor) -> Tensor:
+        """Regress the full-precision output at the same x_t on the integer product, then use the map at once."""
+        assert self._target is not None, "FIT needs a RECORD pass before it"
+        dim = self.geometry.channel_dim % x.dim()
+        parts = self._integer_products(x.float())
+        scaled = [epilogue(p, self._product_scale(i), None, dim) for i, p in enumerate(parts)]
+        rest = sum(scaled[1:], torch.zeros((), device=x.device))
+        if self.bias is not None:
+            shape = [1] * x.dim()
+            shape[dim] = -1
+            rest = rest + self.bias.view(shape)
+        moments = Moments()
+        moments.update((scaled[0],), self._target.float() - rest, dim)
+        fitted = moments.solve(self.ridge)
+        self.corrections[self.clock.step] = fitted
+        self._epilogues.pop(self.clock.step, None)
+        self._target = None
+        return (fitted.apply(scaled[0], channel_dim=dim) + rest).to(x.dtype)
+
+
+_BEHAVIOUR: dict[Mode, Callable[[QuantLayer, Tensor], Tensor]] = {
+    Mode.FLOAT: QuantLayer._float,
+    Mode.RECORD: QuantLayer._record,
+    Mode.OBSERVE: QuantLayer._observe,
+    Mode.QUANTIZED: QuantLayer._quantized,
+    Mode.PAIR: QuantLayer._pair,
+    Mode.FIT: QuantLayer._fit,
+}
+
+
+def _column(values: Tensor, dims: int) -> Tensor:
+    """[O] -> [O, 1, ...] with `dims` dimensions."""
+    return values.view(-1, *[1] * (dims - 1))

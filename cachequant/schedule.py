@@ -1,0 +1,230 @@
+"""DPS: the cache schedule by dynamic programming (CacheQuant section 3.2), and the schedules it competes with.
+
+Where the released code evaluates tensor reductions inside the dynamic programme and holds all T features at once,
+the distances are streamed here: a ring of 2N features, a band of T × 2N numbers, prefix sums, a vectorised programme.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from cachequant.errors import UserError
+from cachequant.types import Schedule
+
+COSTS = ("l1", "l2")
+
+
+def num_groups(num_steps: int, interval: int) -> int:
+    """K = ceil(steps / N), the number of refreshes that the interval buys.
+
+    Raises:
+        UserError: the interval is not in [1, num_steps].
+    """
+    if not 1 <= interval <= num_steps:
+        raise UserError(f"cache.interval is {interval}, expected 1 to {num_steps} (the sampler's steps): choose one of them")
+    return math.ceil(num_steps / interval)
+
+
+def uniform_schedule(num_steps: int, interval: int) -> Schedule:
+    """Every N-th step is a refresh: DeepCache's uniform schedule."""
+    num_groups(num_steps, interval)
+    return Schedule(tuple(range(0, num_steps, interval)), num_steps, interval)
+
+
+def power_schedule(num_steps: int, interval: int, center: float, power: float) -> Schedule:
+    """DeepCache's non-uniform schedule: refreshes are dense around `center`.
+
+    K points are spaced evenly in sign(u)·|u|^(1/power), u running over [-center, num_steps - center], so their density
+    falls with the distance from `center` (DeepCache section 3.4; that paper writes the centre as c and the power as p).
+    `center` is in steps, `power` > 1 concentrates, 1 is uniform.
+
+    Raises:
+        UserError: impossible interval, centre outside the run, or a power that is not positive.
+    """
+    groups = num_groups(num_steps, interval)
+    if not 0 <= center <= num_steps or power <= 0:
+        raise UserError(
+            f"schedule.center {center} and schedule.power {power}: expected a centre in 0..{num_steps} and a power above 0"
+        )
+    ends = torch.tensor([-center, num_steps - center], dtype=torch.float64)
+    low, high = (ends.sign() * ends.abs() ** (1 / power)).tolist()
+    points = torch.linspace(low, high, groups + 1, dtype=torch.float64)[:-1]  # [K]
+    steps = (points.sign() * points.abs() ** power + center).round().long().tolist()
+    return Schedule(_strictly_rising(steps, num_steps), num_steps, interval)
+
+
+def _strictly_rising(steps: list[int], num_steps: int) -> tuple[int, ...]:
+    """Move collided steps apart: first upward from 0, then downward from the end."""
+    steps = [0, *steps[1:]]
+    for i in range(1, len(steps)):
+        steps[i] = max(steps[i], steps[i - 1] + 1)
+    for i in range(len(steps) - 1, 0, -1):
+        steps[i] = min(steps[i], num_steps - len(steps) + i)
+    return tuple(steps)
+
+
+class DistanceBand:
+    """Streams features in sampling order and keeps the distances that the dynamic programme can ask for.
+
+    band[t, d] = ‖X_t - X_{t-d}‖ for d < max_length, summed over batch, channels and pixels (plain L1 in the paper).
+    Memory: max_length features and T × max_length float64 numbers, whatever T is.
+
+    Args:
+        num_steps: evaluations of the sampler (T).
+        interval: N; groups are at most 2N long, so distances d < min(2N, T) are kept.
+        cost: "l1" (the paper) or "l2" (squared).
+        store_dtype: precision in which past features wait in the ring.
+
+    Raises:
+        UserError: unknown cost or impossible interval.
+    """
+
+    def __init__(
+        self, num_steps: int, interval: int, cost: str = "l1", store_dtype: torch.dtype | None = None
+    ) -> None:
+        num_groups(num_steps, interval)
+        if cost not in COSTS:
+            raise UserError(f"schedule cost is {cost!r}, expected one of {', '.join(COSTS)}")
+        self.num_steps, self.interval, self.cost = num_steps, interval, cost
+        self.max_length = min(2 * interval, num_steps)
+        self.values = torch.zeros(num_steps, self.max_length, dtype=torch.float64)
+        self._store_dtype = store_dtype
+        self._ring: deque[Tensor] = deque(maxlen=max(self.max_length - 1, 1))
+        self._pending: list[Tensor] = []
+        self._step = 0
+
+    def update(self, feature: Tensor) -> None:
+        """Take the feature of the next step [B, C, ...]; after T of them a new pass (batch) begins."""
+        row = [torch.zeros((), dtype=torch.float32, device=feature.device)]
+        for past in list(reversed(self._ring))[: self.max_length - 1]:
+            difference = feature - past.to(feature.dtype)
+            row.append(difference.abs().sum() if self.cost == "l1" else difference.square().sum())
+        self._pending.append(torch.stack([r.float() for r in row]))
+        self._ring.append(feature.detach().to(self._store_dtype or feature.dtype, copy=True))
+        self._step += 1
+        if self._step == self.num_steps:
+            self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        """Add one pass to the band (a single copy from the device) and forget its features."""
+        for step, row in enumerate(self._pending):
+            self.values[step, : len(row)] += row.double().cpu()
+        self._ring.clear()
+        self._pending.clear()
+        self._step = 0
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of the features that wait in the ring now: the feature memory of DPS, O(N)."""
+        return sum(f.numel() * f.element_size() for f in self._ring)
+
+
+def group_costs(band: Tensor, weights: Tensor | None = None) -> Tensor:
+    """D[i, l] = Σ_{d<l} w[i+d]·band[i+d, d]: cost of the group [i, i+l), by prefix sums.
+
+    Args:
+        band: [T, L] distances of `DistanceBand.values`.
+        weights: [T] importance of an error at each step; None is 1 everywhere (the paper).
+
+    Returns:
+        [T, L + 1] float64; groups that would end after T are inf.
+    """
+    num_steps, length = band.shape
+    weighted = band.double() if weights is None else band.double() * weights.double()[:, None]
+    start = torch.arange(num_steps)[:, None]  # [T, 1]
+    offset = torch.arange(length)[None, :]  # [1, L]
+    step = start + offset  # [T, L]
+    shifted = weighted[step.clamp(max=num_steps - 1), offset]  # [T, L] band[i+d, d]
+    shifted = torch.where(step < num_steps, shifted, torch.inf)
+    return torch.cat([torch.zeros(num_steps, 1, dtype=torch.float64), shifted.cumsum(1)], dim=1)
+
+
+def solve_schedule(costs: Tensor, groups: int, min_length: int, max_length: int) -> tuple[tuple[int, ...], float]:
+    """M[k, n] = min_l M[k-1, n-l] + D[n-l, l], answer M[K, T], backtracked (CacheQuant equation 8).
+
+    Differs from the released code, which raises IndexError when 2N > T: lengths are clipped to what exists.
+
+    Args:
+        costs: [T, L + 1] of `group_costs`.
+        groups: K; each group has min_length to max_length steps.
+
+    Returns:
+        The K group starts and the objective.
+
+    Raises:
+        UserError: no choice of lengths reaches T.
+    """
+    num_steps = costs.shape[0]
+    longest = min(max_length, costs.shape[1] - 1, num_steps)
+    if not groups * min_length <= num_steps <= groups * longest:
+        raise UserError(
+            f"no schedule has {groups} groups of {min_length} to {longest} steps in {num_steps}: "
+            f"change cache.interval or the number of groups"
+        )
+    lengths = torch.arange(min_length, longest + 1)  # [L']
+    end = torch.arange(num_steps + 1)[:, None]  # [T+1, 1]
+    start = end - lengths  # [T+1, L']
+    last = torch.where(start >= 0, costs[start.clamp(min=0), lengths], torch.inf)  # [T+1, L'] D[n-l, l]
+    best = torch.full((num_steps + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    choices = []
+    for _ in range(groups):
+        best, choice = (best[start.clamp(min=0)] + last).min(dim=1)  # [T+1]
+        choices.append(lengths[choice])
+    steps, n = [], num_steps
+    for choice in reversed(choices):
+        n -= int(choice[n])
+        steps.append(n)
+    return tuple(reversed(steps)), float(best[num_steps])
+
+
+def schedule_cost(costs: Tensor, schedule: Schedule) -> float:
+    """Objective of any schedule under `group_costs` [T, L + 1]; inf where a group is longer than the band."""
+    bounds = [*schedule.refresh_steps, schedule.num_steps]
+    total = 0.0
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        total += float(costs[start, end - start]) if end - start < costs.shape[1] else math.inf
+    return total
+
+
+def dps_schedule(
+    band: DistanceBand, weights: Tensor | None = None, groups: int | None = None
+) -> Schedule:
+    """The schedule that minimises the summed distance between true and reused features.
+
+    Group lengths lie in [ceil(N/2), 2N] (paper section 3.2). `groups` overrides K = ceil(T / N): the released code
+    counts the sampler's steps, which for PLMS are one fewer than its evaluations.
+
+    Raises:
+        UserError: infeasible combination of T, K and the bounds.
+    """
+    interval = band.interval
+    costs = group_costs(band.values, weights)
+    k = groups or num_groups(band.num_steps, interval)
+    steps, cost = solve_schedule(costs, k, math.ceil(interval / 2), 2 * interval)
+    uniform = schedule_cost(costs, uniform_schedule(band.num_steps, interval))
+    return Schedule(steps, band.num_steps, interval, cost, uniform)
+
+
+def schedule_from_features(
+    features: Tensor, interval: int, num_groups: int | None = None, cost: str = "l1"
+) -> Schedule:
+    """DPS on features that are already in memory.
+
+    Args:
+        features: [T, ...] the feature at the cache site of each step.
+        interval: N.
+        num_groups: K, default ceil(T / N).
+        cost: "l1" (the paper) or "l2".
+
+    Raises:
+        UserError: infeasible request or unknown cost.
+    """
+    band = DistanceBand(features.shape[0], interval, cost)
+    for feature in features:
+        band.update(feature)
+    return dps_schedule(band, groups=num_groups)
