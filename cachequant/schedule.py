@@ -7,7 +7,6 @@ the distances are streamed here: a ring of 2N features, a band of T × 2N number
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import torch
 from torch import Tensor
@@ -71,56 +70,58 @@ class DistanceBand:
     """Streams features in sampling order and keeps the distances that the dynamic programme can ask for.
 
     band[t, d] = ‖X_t - X_{t-d}‖ for d < max_length, summed over batch, channels and pixels (plain L1 in the paper).
-    Memory: max_length features and T × max_length float64 numbers, whatever T is.
+    Memory: max_length - 1 features and T × max_length float64 numbers, whatever T is.
 
     Args:
         num_steps: evaluations of the sampler (T).
         interval: N; groups are at most 2N long, so distances d < min(2N, T) are kept.
         cost: "l1" (the paper) or "l2" (squared).
-        store_dtype: precision in which past features wait in the ring.
 
     Raises:
         UserError: unknown cost or impossible interval.
     """
 
-    def __init__(
-        self, num_steps: int, interval: int, cost: str = "l1", store_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, num_steps: int, interval: int, cost: str = "l1") -> None:
         num_groups(num_steps, interval)
         if cost not in COSTS:
             raise UserError(f"schedule cost is {cost!r}, expected one of {', '.join(COSTS)}")
         self.num_steps, self.interval, self.cost = num_steps, interval, cost
         self.max_length = min(2 * interval, num_steps)
         self.values = torch.zeros(num_steps, self.max_length, dtype=torch.float64)
-        self._store_dtype = store_dtype
-        self._ring: deque[Tensor] = deque(maxlen=max(self.max_length - 1, 1))
+        self.peak_bytes = 0
+        self._ring: Tensor | None = None
         self._pending: list[Tensor] = []
-        self._step = 0
 
     def update(self, feature: Tensor) -> None:
         """Take the feature of the next step [B, C, ...]; after T of them a new pass (batch) begins."""
-        row = [torch.zeros((), dtype=torch.float32, device=feature.device)]
-        for past in list(reversed(self._ring))[: self.max_length - 1]:
-            difference = feature - past.to(feature.dtype)
-            row.append(difference.abs().sum() if self.cost == "l1" else difference.square().sum())
-        self._pending.append(torch.stack([r.float() for r in row]))
-        self._ring.append(feature.detach().to(self._store_dtype or feature.dtype, copy=True))
-        self._step += 1
-        if self._step == self.num_steps:
-            self._finish_pass()
+        rows = feature.detach().float().flatten(0, 1).flatten(1)  # [B·C, m]
+        slots = self.max_length - 1
+        if self._ring is None or self._ring.shape[::2] != rows.shape:
+            self._ring = rows.new_zeros(rows.shape[0], max(slots, 1), rows.shape[1])  # [B·C, 2N-1, m]
+            self.peak_bytes = max(self.peak_bytes, self._ring.numel() * self._ring.element_size())
+        step = len(self._pending)
+        known = min(step, slots)
+        self._pending.append(self._distances(rows, self._ring[:, :known]) if known else rows.new_zeros(0).double())
+        if slots:
+            self._ring[:, step % slots] = rows
+        if step + 1 == self.num_steps:
+            self._finish_pass(slots)
 
-    def _finish_pass(self) -> None:
-        """Add one pass to the band (a single copy from the device) and forget its features."""
-        for step, row in enumerate(self._pending):
-            self.values[step, : len(row)] += row.double().cpu()
-        self._ring.clear()
+    def _distances(self, rows: Tensor, past: Tensor) -> Tensor:
+        """Distance of one feature [R, m] to the stored ones [R, L, m]: [L] float64, in ring order."""
+        power = 1.0 if self.cost == "l1" else 2.0
+        exact = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(rows[:, None], past, p=power, compute_mode=exact)[:, 0].double()  # [R, L]
+        return (distance if self.cost == "l1" else distance.square()).sum(0)
+
+    def _finish_pass(self, slots: int) -> None:
+        """Add one pass to the band (the only copies from the device) and forget its features."""
+        for step, distances in enumerate(self._pending):
+            known = len(distances)
+            slot = torch.arange(step - known, step) % max(slots, 1)  # ring slot of steps t-known … t-1
+            self.values[step, 1 : known + 1] += distances.cpu()[slot].flip(0)
+        self._ring = None
         self._pending.clear()
-        self._step = 0
-
-    @property
-    def ring_bytes(self) -> int:
-        """Bytes of the features that wait in the ring now: the feature memory of DPS, O(N)."""
-        return sum(f.numel() * f.element_size() for f in self._ring)
 
 
 def group_costs(band: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -28,6 +28,10 @@ class Adapter(Protocol):
         """Run only what a cached step runs, from a raw feature and its correction: output [B, C, H, W]."""
         ...
 
+    def pack(self, output: Tensor, return_dict: bool) -> Any:
+        """The output as the network's own forward returns it."""
+        ...
+
     def rebuild(self) -> None:
         """Look at the modules again after some were replaced."""
         ...

@@ -25,12 +25,13 @@ class UNetAdapter:
     def __init__(self, denoiser: nn.Module, branch: int = 0) -> None:
         self.denoiser, self.branch = denoiser, branch
         self._forward = type(denoiser).forward
+        self.site = cache_site(denoiser, branch)
+        self.width = self.site.width
+        self._splits = _find_splits(denoiser)
         self.rebuild()
 
     def rebuild(self) -> None:
-        """Find the cut again and make a fresh shallow view (after modules were replaced)."""
-        self.site = cache_site(self.denoiser, self.branch)
-        self.width = self.site.width
+        """Make a fresh shallow view, after modules were replaced; the structure was read once, from the original."""
         self._view, self._entry = shallow_view(self.denoiser, self.site.tail)
 
     def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,16 @@ class UNetAdapter:
             kwargs = {"encoder_hidden_states": None, **kwargs}
         return self._forward(network, x, timestep, **{**kwargs, "return_dict": False})[0]
 
+    def pack(self, output: Tensor, return_dict: bool) -> Any:
+        """The output as the network's own forward returns it."""
+        if not return_dict:
+            return (output,)
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        kind = UNet2DConditionOutput if self._condition_name == "encoder_hidden_states" else UNet2DOutput
+        return kind(sample=output)
+
     @property
     def _condition_name(self) -> str:
         """What `cond` means here: class ids, or the context of cross attention."""
@@ -90,18 +101,23 @@ class UNetAdapter:
 
     def splits(self) -> dict[str, int]:
         """First convolution and shortcut of every decoder resnet: name -> channels of the h half."""
-        names = {id(m): n for n, m in self.denoiser.named_modules()}
-        found = {}
-        for resnet, width in decoder_concats(self.denoiser):
-            for child in ("conv1", "conv_shortcut"):
-                if getattr(resnet, child, None) is not None:
-                    found[f"{names[id(resnet)]}.{child}"] = width
-        return found
+        return dict(self._splits)
 
     def consumers(self) -> tuple[str, ...]:
         """First convolution and shortcut of the resnet that reads the cached feature."""
         prefix = next(n for n, m in self.denoiser.named_modules() if m is self.site.consumer)
         return tuple(name for name in self.splits() if name.startswith(f"{prefix}."))
+
+
+def _find_splits(unet: nn.Module) -> dict[str, int]:
+    """Layers that read a decoder concat: name -> channels of the h half."""
+    names = {id(m): n for n, m in unet.named_modules()}
+    return {
+        f"{names[id(resnet)]}.{child}": width
+        for resnet, width in decoder_concats(unet)
+        for child in ("conv1", "conv_shortcut")
+        if getattr(resnet, child, None) is not None
+    }
 
 
 def _without_deep_residual(kwargs: dict[str, Any]) -> dict[str, Any]:

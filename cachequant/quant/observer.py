@@ -11,7 +11,7 @@ from cachequant.kernels.reference import centred_integers
 from cachequant.quant.affine import search_grid
 from cachequant.types import ActivationTable
 
-POOL = 8192
+POOL = 4096
 """Values kept per step for the range search, taken at a fixed stride; the extremes are always among them."""
 
 

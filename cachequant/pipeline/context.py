@@ -1,0 +1,101 @@
+"""What every stage is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.config import RunConfig
+from cachequant.errors import UserError
+from cachequant.models.adapter import Adapter, adapter
+from cachequant.models.loading import Generator, identify, read_prompts
+from cachequant.pipeline.hook import DenoiserHook, StepFunction
+from cachequant.plan import ModelIdentity
+
+FRESH, HELD_OUT = 1_000_000, 2_000_000
+"""Offsets of the seeds of stage 2's fresh trajectories and of the schedule's held-out noise."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A pipeline, its configuration, and what follows from the two.
+
+    Attributes:
+        pipe: the diffusers pipeline; every stage leaves it as it found it.
+        config: the resolved configuration.
+        adapter: structural view of the denoiser.
+        identity: exact names of model, scheduler and guidance.
+        timesteps: timestep of each evaluation; their number is T (PLMS has one more than the sampler's steps).
+    """
+
+    pipe: Any
+    config: RunConfig
+    adapter: Adapter
+    identity: ModelIdentity
+    timesteps: tuple[int, ...]
+
+    @staticmethod
+    def of(pipe: Any, config: RunConfig) -> Context:
+        """Look at a pipeline.
+
+        Raises:
+            UserError: unsupported model, impossible branch, more steps than the scheduler has, or a pipeline in use.
+        """
+        structure = adapter(pipe, config.cache.branch)
+        if "forward" in vars(structure.denoiser):
+            raise UserError("this pipeline is enabled: call cachequant.disable(pipe) before calibrating")
+        available = int(pipe.scheduler.config.num_train_timesteps)
+        if config.sampler.steps > available:
+            raise UserError(f"sampler.steps is {config.sampler.steps}, expected at most {available} for this scheduler")
+        pipe.scheduler.set_timesteps(config.sampler.steps)
+        timesteps = tuple(int(t) for t in pipe.scheduler.timesteps)
+        return Context(pipe, config, structure, identify(pipe, config.sampler.guidance_scale), timesteps)
+
+    @property
+    def num_steps(self) -> int:
+        """T, the evaluations of one run."""
+        return len(self.timesteps)
+
+    @property
+    def generator(self) -> Generator:
+        """Calls the pipeline by seeds."""
+        return Generator(self.pipe, self.config.sampler, read_prompts(self.config.sampler.prompts))
+
+    def seeds(self, offset: int = 0, count: int | None = None) -> list[int]:
+        """Seeds of calibration trajectories; other offsets give other noise."""
+        first = self.config.calibration.seed + offset
+        return list(range(first, first + (count or self.config.calibration.samples)))
+
+    def run(
+        self, step: StepFunction, cache: FeatureCache, seeds: list[int], label: str, batch_size: int | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Drive the pipeline's own loop through `step`, batch by batch, with a progress bar: images [B, C, H, W].
+
+        Args:
+            step: called for every evaluation.
+            cache: step counter and features.
+            seeds: one image each.
+            label: text of the progress bar.
+            batch_size: images at once, default calibration.batch_size.
+            before: called before each batch.
+        """
+        size = batch_size or self.config.calibration.batch_size
+        batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+        with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, delay=1.0) as bar:
+
+            def counted(call: Any) -> Tensor:
+                bar.update()
+                return step(call)
+
+            for batch in batches:
+                if before is not None:
+                    before()
+                with DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps):
+                    images = self.generator(batch)
+                yield images

@@ -1,0 +1,111 @@
+"""Stage 5: DEC for quantisation, on the scales that will be used (CacheQuant equation 11).
+
+Two kinds of trajectory, as in stage 2. On `full_precision` ones (the paper) each corrected layer's integer product is
+regressed on its exact product of the same input. `free_running` (ours) regresses on the layer's output in the
+full-precision network at the accelerated model's own x_t, layer after layer within the step, each fit in use before the
+next layer is reached, and refits the cached feature's map on the way.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.correction import Moments
+from cachequant.errors import UserError
+from cachequant.pipeline.context import FRESH, Context
+from cachequant.pipeline.features import regressors
+from cachequant.pipeline.hook import Call
+from cachequant.quant.convert import QuantizedNetwork, install
+from cachequant.quant.layers import Mode
+from cachequant.types import AffineMap, Correction, QuantState, Schedule
+
+
+def fit_quantised(context: Context, schedule: Schedule, correction: Correction, state: QuantState) -> Correction:
+    """The correction with a₂, b₂ for every corrected layer and executed step (and a refitted cache part if free-running).
+
+    Raises:
+        UserError: full-precision trajectories with corrections on every layer, which only the free-running fit knows.
+    """
+    settings = context.config.correction
+    if settings.layers == "none" and settings.trajectory == "full_precision":
+        return correction
+    if settings.layers == "all" and settings.trajectory == "full_precision":
+        raise UserError(
+            "correction.layers is all with full_precision trajectories, expected consumers there: "
+            "set correction.trajectory=free_running"
+        )
+    adapter = context.adapter
+    cache = FeatureCache(schedule, keep=2 if settings.forecast else 1)
+    handle = install(adapter.denoiser, state, cache, correction=correction)
+    adapter.rebuild()
+    try:
+        if settings.trajectory == "full_precision":
+            return _teacher_forced(context, cache, correction, handle)
+        return _free_running(context, cache, correction, handle)
+    finally:
+        handle.remove()
+        adapter.rebuild()
+
+
+def corrected_layers(context: Context, handle: QuantizedNetwork) -> tuple[str, ...]:
+    """Names of the layers whose products are corrected."""
+    kind = context.config.correction.layers
+    if kind == "all":
+        return tuple(handle.layers)
+    return tuple(n for n in context.adapter.consumers() if n in handle.layers) if kind == "consumers" else ()
+
+
+def _teacher_forced(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:
+    """Sums over full-precision trajectories: the paper's stage 5."""
+    adapter, names = context.adapter, corrected_layers(context, handle)
+    handle.set_mode(Mode.FLOAT)
+
+    def step(call: Call) -> Tensor:
+        refresh = cache.must_refresh
+        handle.set_mode(Mode.PAIR if refresh else Mode.FLOAT, names)
+        output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
+        if refresh:
+            cache.store(feature)
+            return output
+        handle.set_mode(Mode.PAIR, names)
+        affine = correction.cache.get(cache.step)
+        reused = cache.reuse(None if affine is None else affine.to(call.x.device, call.x.dtype))
+        adapter.cached(call.x, call.timestep, None, reused, **call.kwargs)
+        return output
+
+    for _ in context.run(step, cache, context.seeds(FRESH), "5 dec quant"):
+        pass
+    ridge = context.config.correction.ridge
+    layers = {n: {s: m.solve(ridge).to("cpu") for s, m in sorted(handle.layers[n].moments.items())} for n in names}
+    return Correction(correction.cache, layers)
+
+
+def _free_running(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:
+    """Sequential local fits along the accelerated model's own trajectory."""
+    adapter, settings, names = context.adapter, context.config.correction, corrected_layers(context, handle)
+    maps: dict[int, AffineMap] = {}
+    for name in names:
+        handle.layers[name].ridge = settings.ridge
+
+    def step(call: Call) -> Tensor:
+        handle.set_mode(Mode.FLOAT)
+        handle.set_mode(Mode.RECORD, names)
+        _, target = adapter.full(call.x, call.timestep, **call.kwargs)
+        handle.set_mode(Mode.QUANTIZED)
+        handle.set_mode(Mode.FIT, names)
+        if cache.must_refresh:
+            output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
+            cache.store(feature)
+            return output
+        if settings.cache:
+            sums = Moments()
+            sums.update(regressors(cache, settings.forecast), target)
+            maps[cache.step] = sums.solve(settings.ridge)
+        return adapter.cached(call.x, call.timestep, None, cache.reuse(maps.get(cache.step)), **call.kwargs)
+
+    seeds = context.seeds(FRESH)
+    for _ in context.run(step, cache, seeds, "5 dec quant", len(seeds)):
+        pass
+    layers = {n: {s: m.to("cpu") for s, m in sorted(handle.layers[n].corrections.items())} for n in names}
+    return Correction({s: m.to("cpu") for s, m in maps.items()}, layers)

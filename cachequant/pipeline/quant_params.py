@@ -1,0 +1,100 @@
+"""Stage 4: integer weights, and a scale and zero point for every activation at every executed step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.config import QuantConfig
+from cachequant.models.adapter import Adapter
+from cachequant.pipeline.calibrate import Calibration, StepInput
+from cachequant.pipeline.context import Context
+from cachequant.quant.convert import LayerPlan, fresh_state, install
+from cachequant.quant.layers import Mode
+from cachequant.types import AffineMap, Correction, QuantState, Schedule
+
+
+def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
+    """Which layers are quantised and how: everything Conv2d / Linear, by structure and never by list index.
+
+    First and last convolution take `ends_bits` for both operands, or stay as they are with None.
+    """
+    ends, time, splits = adapter.end_names(), adapter.time_names(), adapter.splits()
+    plans = {}
+    for name, module in adapter.denoiser.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear) or name in time and not config.time_embedding:
+            continue
+        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or module.groups != 1):
+            continue
+        if name in ends:
+            if config.ends_bits is not None:
+                plans[name] = LayerPlan(config.ends_bits, config.ends_bits)
+            continue
+        plans[name] = LayerPlan(config.weight_bits, config.activation_bits, splits.get(name, 0))
+    return plans
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Device copies of the kept inputs of one step, cut to the number this kind of step uses."""
+
+    x: Tensor
+    timestep: Tensor
+    kwargs: dict[str, Tensor]
+
+    @staticmethod
+    def of(entry: StepInput, count: int, device: torch.device) -> _Rows:
+        rows = torch.linspace(0, len(entry.x) - 1, min(count, len(entry.x))).round().long()
+        kwargs = {k: v[rows].to(device) for k, v in entry.kwargs.items()}
+        return _Rows(entry.x[rows].to(device), entry.timestep.to(device), kwargs)
+
+
+@torch.no_grad()
+def calibrate_quantisers(
+    context: Context, calibration: Calibration, schedule: Schedule, correction: Correction
+) -> QuantState:
+    """Run the cached, corrected network on the calibration inputs step by step and search every grid once.
+
+    Differs from the released code: the values of all mini-batches of a step are searched together instead of averaging
+    their scales exponentially, and layers that a cached step does not reach have no row there.
+    """
+    adapter, config = context.adapter, context.config
+    device = next(adapter.denoiser.parameters()).device
+    cache = FeatureCache(schedule, keep=2 if config.correction.forecast else 1)
+    state = fresh_state(adapter.denoiser, layer_plans(adapter, config.quant), config.quant.weight_search)
+    handle = install(
+        adapter.denoiser, state, cache, config.quant.activation_search, attention_bits=config.quant.attention_bits
+    )
+    adapter.rebuild()
+    handle.set_mode(Mode.OBSERVE)
+    sizes = (config.calibration.refresh_inputs, config.calibration.cached_inputs)
+    try:
+        for step in tqdm(range(context.num_steps), desc="4 quant params", unit="step", leave=False, delay=1.0):
+            rows = _Rows.of(calibration.inputs[step], sizes[0] if schedule.is_refresh(step) else sizes[1], device)
+            _observe(adapter, cache, correction, rows)
+            handle.finish_step(step)
+            cache.advance(schedule.is_refresh(step))
+        return handle.state
+    finally:
+        handle.remove()
+        adapter.rebuild()
+
+
+def _observe(adapter: Adapter, cache: FeatureCache, correction: Correction, rows: _Rows) -> None:
+    """One step of the network that will be quantised, in full precision, on some rows."""
+    if cache.must_refresh:
+        _, feature = adapter.full(rows.x, rows.timestep, **rows.kwargs)
+        cache.store(feature)
+        return
+    affine = correction.cache.get(cache.step)
+    reused = cache.reuse(None if affine is None else _on(affine, rows.x))
+    subset = torch.linspace(0, len(reused) - 1, len(rows.x)).round().long().to(reused.device)
+    adapter.cached(rows.x, rows.timestep, None, reused[subset], **rows.kwargs)
+
+
+def _on(affine: AffineMap, x: Tensor) -> AffineMap:
+    return affine.to(x.device, x.dtype)

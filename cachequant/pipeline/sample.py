@@ -1,0 +1,67 @@
+"""Stage 6: images, with the plan or without, and what the run cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.pipeline.context import Context
+from cachequant.pipeline.hook import Call
+from cachequant.pipeline.step import accelerated_step
+from cachequant.plan import Plan
+from cachequant.quant.convert import install
+from cachequant.schedule import uniform_schedule
+from cachequant.types import Correction
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images and their trajectories.
+
+    Attributes:
+        images: [n, C, H, W] in [0, 1].
+        trajectory: [T, n', C, H, W] x_t of the first batch, or None where it was not recorded.
+        seconds: wall-clock time of the sampling.
+    """
+
+    images: Tensor
+    trajectory: Tensor | None
+    seconds: float
+
+
+def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, record: bool = False) -> Samples:
+    """Sample one image per seed; `plan` None is the untouched model.
+
+    Args:
+        context: pipeline and configuration (batch size from `sample.batch_size`).
+        plan: what accelerates it.
+        seeds: noise of each image; equal seeds give equal noise under every plan.
+        label: text of the progress bar.
+        record: keep x_t of the first batch.
+    """
+    adapter = context.adapter
+    schedule = plan.schedule if plan else uniform_schedule(context.num_steps, 1)
+    correction = plan.correction if plan else Correction()
+    cache = FeatureCache(schedule, keep=2 if correction.uses_forecast else 1)
+    handle = install(adapter.denoiser, plan.quant, cache, correction=correction) if plan and plan.quant else None
+    adapter.rebuild()
+    inner, path = accelerated_step(adapter, cache, correction), []
+
+    def step(call: Call) -> Tensor:
+        if record and len(path) < context.num_steps:
+            path.append(call.x.detach().cpu().clone())
+        return inner(call)
+
+    start = time.perf_counter()
+    try:
+        images = torch.cat(list(context.run(step, cache, seeds, label, context.config.sample.batch_size)))
+    finally:
+        if handle is not None:
+            handle.remove()
+        adapter.rebuild()
+    seconds = time.perf_counter() - start
+    return Samples(images, torch.stack(path) if path else None, seconds)
