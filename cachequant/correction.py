@@ -69,6 +69,8 @@ def _solve(covariance: Tensor, second: Tensor, ridge: float) -> Tensor:
     prior[:, 0] = 1.0
     gap = covariance[:, :-1, -1] - (features * prior[:, None, :]).sum(2)  # [C, F] Cov(x, y) - C θ₀
     gap = torch.where(alive, gap, 0.0)
+    if system.shape[1] == 1:
+        return prior + gap / system[:, 0]
     inverse = torch.linalg.pinv(system, hermitian=True, rtol=1e-12)  # identical features share the weight
     solution = inverse @ gap[:, :, None]
     return prior + solution[:, :, 0]

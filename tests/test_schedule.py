@@ -1,4 +1,4 @@
-"""DPS against exhaustive search and direct sums; every schedule against the rules that a schedule must keep."""
+"""DPS against exhaustive search and direct sums; every schedule against the rules it must keep."""
 
 import itertools
 import json
@@ -81,27 +81,22 @@ def test_a_schedule_that_breaks_the_rules_is_refused(steps: tuple[int, ...]) -> 
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    SEEDS, st.integers(1, 14), st.integers(1, 8), st.sampled_from(["l1", "l2"]), st.sampled_from([None, "half"])
-)
-def test_streamed_distances_are_the_direct_ones(
-    seed: int, steps: int, interval: int, cost: str, stored: str | None
-) -> None:
+@given(SEEDS, st.integers(1, 14), st.integers(1, 8), st.sampled_from(["l1", "l2"]))
+def test_streamed_distances_are_the_direct_ones(seed: int, steps: int, interval: int, cost: str) -> None:
     interval = min(interval, steps)
     features = random_features(seed, steps)
-    kept = features.half().float() if stored else features  # what a ring in half precision remembers
-    band = DistanceBand(steps, interval, cost, torch.float16 if stored else None)
+    band = DistanceBand(steps, interval, cost)
     for feature in features:
         band.update(feature)
     assert band.values.shape == (steps, min(2 * interval, steps))
     for t, d in itertools.product(range(steps), range(band.values.shape[1])):
-        difference = (features[t] - kept[t - d]).double() if 0 < d <= t else torch.zeros(1)
+        difference = (features[t] - features[t - d]).double() if d <= t else torch.zeros(1)
         direct = float(difference.abs().sum() if cost == "l1" else difference.square().sum())
         assert float(band.values[t, d]) == pytest.approx(direct, rel=1e-4, abs=1e-5)
 
 
 def test_two_batches_add_up_to_one_batch_of_both() -> None:
-    first, second = random_features(1, 9), random_features(2, 9)
+    first, second = random_features(1, 9), random_features(2, 9)[:, :1]  # the last batch may be smaller
     streamed, joint = DistanceBand(9, 2), DistanceBand(9, 2)
     for feature in (*first, *second):
         streamed.update(feature)
@@ -123,25 +118,14 @@ def test_a_later_change_of_the_feature_does_not_reach_the_ring() -> None:
 @pytest.mark.parametrize("steps", [40, 400])
 def test_feature_memory_depends_on_the_interval_and_not_on_the_steps(steps: int) -> None:
     interval, feature = 5, torch.zeros(1, 4, 3, 3)
-    band, largest = DistanceBand(steps, interval), 0
-    for _ in range(steps - 1):
+    band = DistanceBand(steps, interval)
+    for _ in range(2 * steps):
         band.update(feature)
-        largest = max(largest, band.ring_bytes)
-    assert largest == (2 * interval - 1) * feature.numel() * 4
-    band.update(feature)
-    assert band.ring_bytes == 0  # a finished pass keeps no feature
-
-
-def test_a_half_precision_ring_is_half_as_large() -> None:
-    full, half = DistanceBand(10, 2), DistanceBand(10, 2, store_dtype=torch.float16)
-    for feature in random_features(0, 5):
-        full.update(feature)
-        half.update(feature)
-    assert 2 * half.ring_bytes == full.ring_bytes
+    assert band.peak_bytes == (2 * interval - 1) * feature.numel() * feature.element_size()
 
 
 def test_unknown_cost_and_impossible_interval_are_refused() -> None:
-    with pytest.raises(UserError, match="'l3'.*l1, l2"):
+    with pytest.raises(UserError, match=r"'l3'.*l1, l2"):
         DistanceBand(10, 2, "l3")
     for interval in (0, 11):
         with pytest.raises(UserError, match=f"{interval}, expected 1 to 10"):
@@ -260,9 +244,7 @@ def test_an_error_that_weighs_nothing_is_free_and_moves_the_refreshes() -> None:
     found = dps_schedule(band, weights).refresh_steps
     best = min(
         feasible(12, 4, 2, 6),
-        key=lambda c: sum(
-            float(weights[t]) * (t - max(s for s in c if s <= t)) for t in range(12)
-        ),
+        key=lambda c: sum(float(weights[t]) * (t - max(s for s in c if s <= t)) for t in range(12)),
     )
     assert found == best
 

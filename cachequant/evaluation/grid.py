@@ -18,12 +18,12 @@ AMPLIFICATION = 3.0
 def image_grid(images: dict[str, Tensor], scale: int = 2) -> Image.Image:
     """One row of images for each entry, its label at the left.
 
-    Tiles follow each other every `scale·W + GAP` pixels, the last ending GAP before the right edge; rows every
-    `scale·H + GAP` from GAP below the top, or further apart where the label is higher than the images.
+    Tiles follow each other every `scale·W + GAP` pixels, the last ending GAP before the right edge. Rows
+    follow every `scale·H + GAP`, or further apart where a label is higher than that, from GAP below the top.
 
     Args:
-        images: label (ASCII, which is what the font has) -> images [n, C, H, W] in [0, 1], C 1 (grey) or 3; one
-            shape for all labels.
+        images: label -> images [n, C, H, W] in [0, 1], C 1 (grey) or 3, of one shape for all labels. Labels
+            are ASCII: the font has little else.
         scale: pixels drawn for each image pixel.
 
     Raises:

@@ -32,6 +32,7 @@ thead th { border-top: 0; vertical-align: bottom; font-size: .8rem; font-weight:
   color: var(--soft); }
 tbody th { text-align: left; font-weight: 500; }
 thead th:first-child { text-align: left; }
+.results th:first-child { position: sticky; left: 0; background: var(--card); }
 tr.reference td, tr.reference th { color: var(--soft); }
 td strong { color: var(--mark); background: var(--tint); border-radius: 4px; padding: .1rem .35rem;
   margin: 0 -.35rem; }

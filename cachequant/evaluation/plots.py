@@ -27,7 +27,7 @@ STEP_LABEL = "sampler step (0 is the noisiest)"
 
 
 def schedule_figure(schedules: dict[str, Schedule], step_costs: Tensor | None) -> Figure:
-    """Refresh steps of each schedule on a line of its own, beside uniform's, and above them what a step costs.
+    """Refresh steps of each schedule on its own line, beside uniform's, and above them what a step costs.
 
     Args:
         schedules: name -> schedule. Where none is named "uniform", that of the first one's interval is added.
@@ -58,8 +58,8 @@ def error_figure(errors: dict[str, Tensor]) -> Figure:
     """Relative error of x_t to the full-precision trajectory.
 
     Args:
-        errors: row name -> [T] ‖x_t - x_t of full‖ / ‖x_t of full‖ after each step. A log axis has no zero: those
-            values, and rows that hold no other, are left out.
+        errors: row name -> [T] ‖x_t - x_t of full‖ / ‖x_t of full‖ after each step. A log axis has no zero:
+            such values are left out, and rows that hold no other.
     """
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -134,12 +134,12 @@ def _draw_point(axes: Axes, i: int, name: str, xy: tuple[float, float], equal: b
     colour = _colour(name, i)
     axes.plot(*xy, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linestyle="", clip_on=False)
     if equal:
-        axes.annotate(f"{name} (∞ dB)", xy, (9, 0), textcoords="offset points", va="center", annotation_clip=False)
-        return
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6}
-    where = (1.03, place)
+        text, where, units, line = f"{name} (∞ dB)", (9.0, 0.0), "offset points", None
+    else:
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6}
+        text, where, units = name, (1.03, place), "axes fraction"
     axes.annotate(
-        name, xy, where, textcoords="axes fraction", va="center", annotation_clip=False, arrowprops=line
+        text, xy, where, textcoords=units, va="center", annotation_clip=False, arrowprops=line
     )
 
 

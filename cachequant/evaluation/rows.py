@@ -95,7 +95,8 @@ def format_table(rows: Sequence[Row]) -> str:
     lines += [[row.name, *(c.text(row, full) for c in COLUMNS)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(2, ["─" * width for width in widths])
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def rows_to_json(rows: Sequence[Row]) -> dict[str, Any]:

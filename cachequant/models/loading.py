@@ -33,11 +33,16 @@ def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
     import diffusers
 
     target = torch_device(device)
+    show_bars = diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
     path = Path(folder_or_id)
     local = next((p for p in (path, repository_folder() / path) if p.is_dir()), None)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(local or folder_or_id), dtype=torch.float32, local_files_only=local is not None
+            str(local or folder_or_id),
+            dtype=torch.float32,
+            local_files_only=local is not None,
+            low_cpu_mem_usage=False,
         )
     except Exception as error:  # diffusers raises many kinds; each means that the model cannot be had
         reason = " ".join(str(error).split())[:160]
@@ -45,7 +50,9 @@ def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
             f"no pipeline {folder_or_id}: expected a diffusers folder with model_index.json or a hub id that can be "
             f"reached; download it first ({reason})"
         ) from None
-    pipe.set_progress_bar_config(disable=True)
+    finally:
+        if show_bars:
+            diffusers.utils.logging.enable_progress_bar()
     return pipe.to(target)
 
 

@@ -86,6 +86,7 @@ class Context:
             before: called before each batch.
         """
         size = batch_size or self.config.calibration.batch_size
+        self.pipe.set_progress_bar_config(disable=True)
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, delay=1.0) as bar:
 

@@ -14,6 +14,9 @@ from cachequant.errors import UserError
 SHRINK_RATIOS = tuple(1.0 - 0.02 * i for i in range(40))
 """Candidates r = 1.00, 0.98, …, 0.22 of the released scripts, applied to both ends of the range."""
 
+CHUNK = 1 << 22
+"""Values that the search scores at once."""
+
 SEARCHES = ("minmax", "mse", "percentile")
 
 
@@ -72,15 +75,25 @@ def search_grid(x: Tensor, bits: int, method: str = "mse", power: float = 2.4) -
         low, high = _quantiles(x, 1e-4)
     if method != "mse":
         return grid_from_range(low, high, bits)
-    best_scale, best_zero = grid_from_range(low, high, bits)
-    best_score = torch.full_like(low, torch.inf)
-    for ratio in SHRINK_RATIOS:
-        scale, zero = grid_from_range(low * ratio, high * ratio, bits)
-        error = fake_quantize(x, scale[:, None], zero[:, None], bits).sub_(x).abs_().pow_(power).mean(1)  # [R]
-        better = error < best_score
-        best_score = torch.where(better, error, best_score)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    ratios = torch.tensor(SHRINK_RATIOS, dtype=x.dtype, device=x.device)
+    scales, zeros = grid_from_range(low[:, None] * ratios, high[:, None] * ratios, bits)  # [R, 40]
+    rows = max(1, CHUNK // (len(SHRINK_RATIOS) * x.shape[1]))
+    chunks = zip(x.split(rows), scales.split(rows), zeros.split(rows), strict=True)
+    best = torch.cat([_first_best(_scores(part, s, z, bits, power)) for part, s, z in chunks])  # [R]
+    return scales.gather(1, best[:, None])[:, 0], zeros.gather(1, best[:, None])[:, 0]
+
+
+def _scores(x: Tensor, scales: Tensor, zeros: Tensor, bits: int, power: float) -> Tensor:
+    """Mean |x - x_q|^power of rows [R, n] under each of their candidate grids [R, K]: [R, K]."""
+    rounded = fake_quantize(x[:, None, :], scales[:, :, None], zeros[:, :, None], bits)  # [R, K, n]
+    return rounded.sub_(x[:, None, :]).abs_().pow_(power).mean(2)
+
+
+def _first_best(scores: Tensor) -> Tensor:
+    """Index of the first smallest score of each row [R, K]: [R]."""
+    candidates = torch.arange(scores.shape[1], device=scores.device)
+    smallest = scores.amin(1, keepdim=True)
+    return torch.where(scores <= smallest, candidates, scores.shape[1] - 1).amin(1)
 
 
 def _quantiles(x: Tensor, tail: float) -> tuple[Tensor, Tensor]:

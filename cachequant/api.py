@@ -1,0 +1,204 @@
+"""The library: calibrate a diffusers pipeline, enable a plan on it, look at it, and take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.config import RunConfig
+from cachequant.errors import UserError
+from cachequant.models.adapter import Adapter, adapter, denoiser_of
+from cachequant.models.cost import float_bytes, plan_bytes
+from cachequant.models.loading import identify
+from cachequant.pipeline.context import Context
+from cachequant.pipeline.hook import Call, DenoiserHook
+from cachequant.pipeline.stages import Stages
+from cachequant.pipeline.step import accelerated_step
+from cachequant.plan import ModelIdentity, Plan
+from cachequant.quant.convert import QuantizedNetwork, install
+
+BACKENDS = ("auto", "simulated")
+
+
+@dataclass
+class Acceleration:
+    """A plan at work in a pipeline; found again through the pipeline's denoiser."""
+
+    plan: Plan
+    pipe: Any
+    adapter: Adapter
+    cache: FeatureCache
+    hook: DenoiserHook
+    network: QuantizedNetwork | None
+    backend: str
+
+
+def calibrate(pipe: Any, config: RunConfig, folder: str | Path | None = None, quiet: bool = False) -> Plan:
+    """Stages 1 to 5 for a pipeline object: schedule, corrections and quantisation in one plan.
+
+    Args:
+        pipe: a diffusers pipeline with a supported denoiser; it is left as it was.
+        config: of `load_config`.
+        folder: where stage outputs are kept, so that a second call resumes; default `config.output/model.name`.
+        quiet: no progress lines.
+
+    Raises:
+        UserError: unsupported pipeline, impossible configuration, or one that is enabled already.
+    """
+    context = Context.of(pipe, config)
+    return Stages.at(context, Path(folder) if folder else None, quiet=quiet).plan()[0]
+
+
+def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
+    """Accelerate a pipeline in place until `disable`; prints what runs where. Returns the pipeline.
+
+    Args:
+        pipe: the pipeline that the plan was made for.
+        plan: a plan or its folder.
+        backend: "simulated" computes integers in floating point; "auto" takes the fastest that is here (today that one).
+
+    Raises:
+        UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
+            pipeline is then as it was.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if find(pipe) is not None:
+        raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    _refuse_mismatch(identify(pipe, plan.config.sampler.guidance_scale), plan.identity)
+    structure = adapter(pipe, plan.config.cache.branch)
+    cache = FeatureCache(plan.schedule, keep=2 if plan.correction.uses_forecast else 1)
+    network = _install(structure, plan, cache)
+    step = accelerated_step(structure, cache, plan.correction)
+    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, lambda call: _check_guidance(pipe, plan, call))
+    hook.install()
+    state = Acceleration(plan, pipe, structure, cache, hook, network, "simulated")
+    object.__setattr__(structure.denoiser, "_cachequant", state)
+    print(report(pipe))
+    return pipe
+
+
+def disable(pipe: Any) -> Any:
+    """Put every layer back and let the pipeline's calls through untouched; bit-exactly what it was.
+
+    Raises:
+        UserError: the pipeline is not enabled.
+    """
+    state = _require(pipe)
+    state.hook.remove()
+    if state.network is not None:
+        state.network.remove()
+    state.adapter.rebuild()
+    object.__delattr__(state.adapter.denoiser, "_cachequant")
+    return pipe
+
+
+@contextmanager
+def bypass(pipe: Any) -> Iterator[Any]:
+    """Inside, the pipeline is the untouched original; afterwards it is accelerated again.
+
+    Raises:
+        UserError: the pipeline is not enabled.
+    """
+    state = _require(pipe)
+    disable(pipe)
+    try:
+        yield pipe
+    finally:
+        state.network = _install(state.adapter, state.plan, state.cache)
+        state.hook.install()
+        object.__setattr__(state.adapter.denoiser, "_cachequant", state)
+
+
+def report(pipe: Any) -> str:
+    """Schedule, counted steps, layers by backend with the reason of every exception, and bytes.
+
+    Raises:
+        UserError: the pipeline is not enabled.
+    """
+    state = _require(pipe)
+    plan, cache = state.plan, state.cache
+    total = _original_bytes(state)
+    quantised = list(state.network.layers) if state.network else []
+    lines = [
+        plan.summary(),
+        f"backend      {state.backend}: integers computed in floating point, the reference for every kernel",
+        f"layers       {len(quantised)} quantised; in full precision: {_float_layers(state)}",
+        f"bytes        {plan_bytes(total, plan):,} of {total:,} in float32",
+        f"ran so far   {cache.full_steps} full and {cache.cached_steps} cached steps",
+    ]
+    return "\n".join(lines)
+
+
+def find(pipe: Any) -> Acceleration | None:
+    """The acceleration at work in a pipeline, or None."""
+    return vars(denoiser_of(pipe)).get("_cachequant")
+
+
+def _require(pipe: Any) -> Acceleration:
+    state = find(pipe)
+    if state is None:
+        raise UserError("this pipeline is not enabled: call cachequant.enable(pipe, plan) first")
+    return state
+
+
+def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNetwork | None:
+    """Swap the plan's layers in; every name is checked before the first is touched."""
+    if plan.quant is None:
+        return None
+    names = dict(structure.denoiser.named_modules())
+    missing = [name for name in plan.quant.layers if name not in names]
+    if missing or not plan.quant.layers:
+        what = f"{len(missing)} of its layers such as {missing[0]}" if missing else "no layer at all"
+        raise UserError(f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it")
+    network = install(structure.denoiser, plan.quant, cache, correction=plan.correction)
+    structure.rebuild()
+    return network
+
+
+def _refuse_mismatch(found: ModelIdentity, expected: ModelIdentity) -> None:
+    """Name the first field in which a pipeline is not the plan's."""
+    for name in ("model", "weights", "scheduler", "guidance"):
+        got, want = getattr(found, name), getattr(expected, name)
+        if got != want:
+            raise UserError(
+                f"this pipeline's {name} is {got[:32]}, the plan was made for {want[:32]}: "
+                "load that model and scheduler, or calibrate for this one"
+            )
+
+
+def _check_guidance(pipe: Any, plan: Plan, call: Call) -> None:
+    """Refuse a run in another guidance mode than the plan's, at its first evaluation."""
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    found = None if guided is None else ("cfg" if guided else "none")
+    if found is not None and found != plan.identity.guidance:
+        raise UserError(
+            f"this run has guidance {found}, the plan was made for {plan.identity.guidance}: "
+            "set guidance_scale accordingly, or calibrate for it"
+        )
+
+
+def _float_layers(state: Acceleration) -> str:
+    """Convolutions and linear layers that stay as they are, with the reason."""
+    quant = state.plan.config.quant
+    if state.network is None:
+        return "all (quant.enabled is false)"
+    reasons = []
+    if quant.ends_bits is None:
+        reasons.append("first and last convolution (quant.ends_bits is null)")
+    if not quant.time_embedding:
+        reasons.append("time embedding (quant.time_embedding is false)")
+    if quant.attention_bits is None:
+        reasons.append("attention operands (quant.attention_bits is null)")
+    return "; ".join(reasons) or "none"
+
+
+def _original_bytes(state: Acceleration) -> int:
+    """Float32 bytes of the denoiser as it was, counting the layers that were replaced."""
+    replaced = state.network.layers.values() if state.network else ()
+    return float_bytes(state.adapter.denoiser) + sum(float_bytes(layer.source) for layer in replaced)

@@ -1,0 +1,228 @@
+"""The six stages of one configuration, each computed once and filed by content."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachequant import __version__
+from cachequant.config import config_to_dict
+from cachequant.correction import Moments
+from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
+from cachequant.pipeline.context import Context
+from cachequant.pipeline.dec_cache import solve_maps
+from cachequant.pipeline.dec_quant import fit_quantised
+from cachequant.pipeline.features import gather_moments
+from cachequant.pipeline.quant_params import calibrate_quantisers
+from cachequant.pipeline.sample import Samples, draw
+from cachequant.pipeline.store import StageStore
+from cachequant.plan import Plan
+from cachequant.storage import (
+    file_hash,
+    load_json,
+    load_tensors,
+    pack_correction,
+    pack_quant,
+    save_json,
+    save_tensors,
+    unpack_correction,
+    unpack_quant,
+)
+from cachequant.types import Correction, QuantState, Schedule
+
+STAGES = ("calibrate", "dump_features", "fit_dec_cache", "quant_params", "fit_dec_quant", "sample")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Asks for each stage's output; what it needs is asked for first.
+
+    Attributes:
+        context: pipeline and configuration.
+        store: where outputs are.
+    """
+
+    context: Context
+    store: StageStore
+
+    @staticmethod
+    def at(context: Context, folder: Path | None = None, only: int | None = None, quiet: bool = False) -> Stages:
+        """The stages of a run folder, default `output/model.name`; `only` allows one stage to be computed."""
+        config = context.config
+        root = folder or Path(config.output) / (config.model.name or "run")
+        allowed = frozenset({only}) if only else frozenset(range(1, 7))
+        return Stages(context, StageStore(root, allowed, quiet))
+
+    def run(self, number: int) -> Any:
+        """Output of stage `number`, 1 to 6."""
+        return (
+            self.schedule, self.moments, self.cache_correction, self.quant, self.plan, self.samples
+        )[number - 1]()  # fmt: skip
+
+    def calibration(self) -> tuple[Calibration, str]:
+        """Stage 1, first half: trajectories, distances, calibration inputs."""
+        config, context = self.context.config, self.context
+        inputs = {
+            "identity": asdict(context.identity),
+            "timesteps": list(context.timesteps),
+            "sampler": asdict(config.sampler),
+            "prompts": list(context.generator.prompts),
+            "cache": asdict(config.cache),
+            "cost": config.schedule.cost,
+            "calibration": asdict(config.calibration),
+        }
+        return self.store.obtain(1, "calibrate", inputs, lambda: gather(context), _save_calibration, _load_calibration)
+
+    def schedule(self) -> tuple[Schedule, str]:
+        """Stage 1, second half: the schedule."""
+        calibration, parent = self.calibration()
+        config = self.context.config
+        inputs: dict[str, Any] = {"parent": parent, "schedule": asdict(config.schedule)}
+        if config.schedule.fallback:
+            inputs["correction"] = asdict(config.correction)
+
+        def save(folder: Path, value: Schedule) -> None:
+            save_json(folder / "schedule.json", asdict(value))
+
+        def load(folder: Path) -> Schedule:
+            record = load_json(folder / "schedule.json")
+            return Schedule(**{**record, "refresh_steps": tuple(record["refresh_steps"])})
+
+        def compute() -> Schedule:
+            return choose_schedule(self.context, calibration)
+
+        return self.store.obtain(1, "schedule", inputs, compute, save, load)
+
+    def moments(self) -> tuple[dict[int, Moments], str]:
+        """Stage 2: sums of true against reused features."""
+        (_, parent), (schedule, _) = self.calibration(), self.schedule()
+        settings = self.context.config.correction
+        free = settings.trajectory == "free_running"
+        inputs = {
+            "parent": parent,
+            "refresh_steps": list(schedule.refresh_steps),
+            "forecast": settings.forecast,
+            "trajectory": settings.trajectory,
+            "ridge": settings.ridge if free else None,
+        }
+
+        def compute() -> dict[int, Moments]:
+            return gather_moments(self.context, schedule) if settings.cache else {}
+
+        name = "dump_features" if settings.cache else "no_features"
+        return self.store.obtain(2, name, inputs, compute, _save_moments, _load_moments)
+
+    def cache_correction(self) -> tuple[Correction, str]:
+        """Stage 3: a₁, b₁ and the forecast's factor."""
+        moments, parent = self.moments()
+        ridge = self.context.config.correction.ridge
+        return self.store.obtain(
+            3, "fit_dec_cache", {"parent": parent, "ridge": ridge}, lambda: Correction(solve_maps(moments, ridge)),
+            lambda folder, value: save_tensors(folder / "correction.safetensors", pack_correction(value)),
+            lambda folder: unpack_correction(load_tensors(folder / "correction.safetensors")),
+        )  # fmt: skip
+
+    def quant(self) -> tuple[QuantState | None, str]:
+        """Stage 4: integer weights and activation tables; None where quantisation is off."""
+        calibration, _ = self.calibration()
+        (schedule, _), (correction, parent) = self.schedule(), self.cache_correction()
+        settings = self.context.config.quant
+        inputs = {"parent": parent, "quant": asdict(settings)}
+
+        def compute() -> QuantState | None:
+            if not settings.enabled:
+                return None
+            return calibrate_quantisers(self.context, calibration, schedule, correction)
+
+        def save(folder: Path, value: QuantState | None) -> None:
+            save_tensors(folder / "quant.safetensors", pack_quant(value) if value else {})
+
+        def load(folder: Path) -> QuantState | None:
+            return unpack_quant(load_tensors(folder / "quant.safetensors")) if settings.enabled else None
+
+        return self.store.obtain(4, "quant_params", inputs, compute, save, load)
+
+    def plan(self) -> tuple[Plan, str]:
+        """Stage 5: the corrections of the quantised layers, and with them the finished plan."""
+        (schedule, _), (correction, _), (state, parent) = self.schedule(), self.cache_correction(), self.quant()
+        calibration, first = self.calibration()
+        config = self.context.config
+        inputs = {"parent": parent, "correction": asdict(config.correction), "config": config_to_dict(config)}
+
+        def compute() -> Plan:
+            fitted = correction if state is None else fit_quantised(self.context, schedule, correction, state)
+            provenance = {
+                "cachequant": __version__,
+                "torch": torch.__version__.split("+")[0],
+                "seed": config.calibration.seed,
+                "parents": {"calibrate": first, "quant_params": parent},
+                "measured": calibration.measured,
+            }
+            context = self.context
+            return Plan(config, context.identity, context.timesteps, schedule, fitted, state, provenance)
+
+        return self.store.obtain(5, "fit_dec_quant", inputs, compute, _save_plan, Plan.load)
+
+    def plan_folder(self, key: str) -> Path:
+        """Where stage 5 filed the plan of this key."""
+        return self.store.root / f"5_fit_dec_quant-{key[:12]}"
+
+    def samples(self) -> tuple[Samples, str]:
+        """Stage 6: images of the plan."""
+        plan, parent = self.plan()
+        sample = self.context.config.sample
+        seeds = list(range(sample.seed, sample.seed + sample.count))
+        inputs = {"parent": parent, "sample": asdict(sample)}
+        return self.store.obtain(
+            6, "sample", inputs, lambda: draw(self.context, plan, seeds, "6 sample"), _save_samples, _load_samples
+        )
+
+
+def _save_plan(folder: Path, plan: Plan) -> None:
+    plan.save(folder)
+
+
+def _save_calibration(folder: Path, value: Calibration) -> None:
+    flat = {"band": value.band, "weights": value.weights}
+    for step, entry in enumerate(value.inputs):
+        flat[f"inputs.{step}.x"] = entry.x
+        flat[f"inputs.{step}.timestep"] = entry.timestep
+        flat |= {f"inputs.{step}.kwargs.{name}": tensor for name, tensor in entry.kwargs.items()}
+    save_tensors(folder / "calibration.safetensors", flat)
+    save_json(folder / "measured.json", {"cost": value.cost, "measured": value.measured})
+
+
+def _load_calibration(folder: Path) -> Calibration:
+    flat, record = load_tensors(folder / "calibration.safetensors"), load_json(folder / "measured.json")
+    entries = []
+    for step in range(len(flat["band"])):
+        prefix = f"inputs.{step}.kwargs."
+        kwargs = {name[len(prefix) :]: tensor for name, tensor in flat.items() if name.startswith(prefix)}
+        entries.append(StepInput(flat[f"inputs.{step}.x"], flat[f"inputs.{step}.timestep"], kwargs))
+    return Calibration(flat["band"], record["cost"], flat["weights"], tuple(entries), record["measured"])
+
+
+def _save_moments(folder: Path, value: dict[int, Moments]) -> None:
+    grams = {str(step): moments.gram for step, moments in value.items() if moments.gram is not None}
+    save_tensors(folder / "moments.safetensors", grams)
+
+
+def _load_moments(folder: Path) -> dict[int, Moments]:
+    grams = load_tensors(folder / "moments.safetensors")
+    return {int(step): Moments(gram) for step, gram in sorted(grams.items(), key=lambda item: int(item[0]))}
+
+
+def _save_samples(folder: Path, value: Samples) -> None:
+    from cachequant.evaluation.grid import image_grid
+
+    save_tensors(folder / "images.safetensors", {"images": value.images})
+    save_json(folder / "seconds.json", {"seconds": value.seconds, "images_sha256": file_hash(folder / "images.safetensors")})
+    image_grid({"samples": value.images[:16]}).save(folder / "grid.png")
+
+
+def _load_samples(folder: Path) -> Samples:
+    images = load_tensors(folder / "images.safetensors")["images"]
+    return Samples(images, None, load_json(folder / "seconds.json")["seconds"])
