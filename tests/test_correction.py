@@ -159,6 +159,18 @@ def test_a_constant_channel_keeps_its_scale_and_moves_by_the_mean_difference(val
     torch.testing.assert_close(fit.scale[[0, 2]], alone.scale)
 
 
+@pytest.mark.parametrize("regressors", [1, 2])
+def test_a_variance_that_is_rounding_noise_counts_as_none(regressors: int) -> None:
+    """The noise follows the target, so that any weight given to it would show."""
+    _, y = pair(0, (4, 3, 8, 8))
+    noise = 1e4 + 1e-2 * y.double()
+    moments = Moments()
+    moments.update((noise, noise)[:regressors], y.double())
+    fit = moments.solve()
+    assert fit.scale.tolist() == [1.0] * 3
+    assert fit.previous is None or fit.previous.tolist() == [0.0] * 3
+
+
 def test_one_pair_per_channel_moves_by_the_difference() -> None:
     fit = fit_affine(torch.tensor([[2.0, -1.0]]), torch.tensor([[5.0, 1.0]]))
     assert fit.scale.tolist() == [1.0, 1.0] and fit.shift.tolist() == [3.0, 2.0]

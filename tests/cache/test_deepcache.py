@@ -1,6 +1,7 @@
-"""The cut of a U-Net on tiny networks of random weights: with the feature of the same input it must change no bit."""
+"""The cut of a U-Net on tiny random networks: with the feature of the same input it must change no bit."""
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,17 @@ def test_the_feature_survives_the_step_that_reads_it(case: Case) -> None:
         assert torch.equal(feature, before)
 
 
+def test_no_more_than_the_feature_is_held(case: Case) -> None:
+    for branch in branches(case.network):
+        cut = UNetAdapter(case.network, branch)
+        _, feature = cut.full(case.x, TIMESTEP, case.cond)
+        assert feature.untyped_storage().nbytes() == feature.numel() * feature.element_size()
+        held = weakref.ref(feature)
+        cut.cached(case.x, TIMESTEP, case.cond, feature)
+        del feature
+        assert held() is None
+
+
 def test_the_network_is_left_as_it_was(case: Case) -> None:
     before, expected = identities(case.network), case.full()
     for branch in branches(case.network):
@@ -208,7 +220,7 @@ def test_exactly_the_shallow_modules_run_on_a_cached_step(case: Case) -> None:
             if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm))
         }
         handles = [
-            module.register_forward_hook(lambda *_, name=name: ran.add(name))
+            module.register_forward_hook(lambda *_, name=name, ran=ran: ran.add(name))
             for name, module in leaves.items()
         ]
         cut.cached(case.x, TIMESTEP, case.cond, feature)
@@ -256,7 +268,8 @@ def test_widths_add_up_to_what_each_resnet_reads(case: Case) -> None:
 
 def test_the_captured_feature_is_the_h_half_of_the_consumers_input(case: Case) -> None:
     for branch in branches(case.network):
-        cut, caught = UNetAdapter(case.network, branch), []
+        cut = UNetAdapter(case.network, branch)
+        caught: list[Tensor] = []
         handle = cut.site.consumer.register_forward_pre_hook(
             lambda _, inputs, caught=caught: caught.append(inputs[0])
         )
@@ -368,7 +381,7 @@ def test_residuals_of_a_control_network_are_taken_by_both_kinds_of_step() -> Non
     case.full()
     for hook in (handle, *hooks):
         hook.remove()
-    residuals = {
+    residuals: dict[str, Any] = {
         "down_block_additional_residuals": tuple(torch.randn(s.shape, generator=generator) for s in skips),
         "mid_block_additional_residual": torch.randn(caught[0].shape, generator=generator),
     }
@@ -390,7 +403,7 @@ def test_an_adapter_is_found_for_networks_and_pipelines_and_refused_for_others()
     assert adapter(network, 2).width == cache_site(network, 2).width
     with pytest.raises(UserError, match="Linear is not supported"):
         adapter(nn.Linear(2, 2))
-    with pytest.raises(UserError, match="without .unet or .transformer"):
+    with pytest.raises(UserError, match=r"without \.unet or \.transformer"):
         adapter(object())
     with pytest.raises(UserError, match="no list 'down_blocks'"):
         cache_site(nn.ModuleDict({"conv_in": nn.Conv2d(1, 1, 1)}), 0)

@@ -1,0 +1,362 @@
+"""The configuration: what is shipped loads, what is wrong is named, and later layers win."""
+
+import json
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachequant.config import (
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    method_path,
+    repository_folder,
+    validate,
+)
+from cachequant.errors import UserError
+
+CONFIGS = repository_folder() / "configs"
+MODELS = sorted(p for p in CONFIGS.glob("*.yaml") if not p.name.startswith("_"))
+METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+
+
+def write(folder: Path, text: str, name: str = "model.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write(tmp_path, "model: {path: somewhere}\nsampler: {steps: 50}\ncache: {interval: 5}\n")
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_shipped_model_loads_with_every_shipped_method(path: Path, method: str) -> None:
+    config = load_config(path, [f"method={method}"])
+    assert config.method == method
+    assert config.model.path and config.cache.interval <= config.sampler.steps
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_every_shipped_model_names_its_method_by_default(path: Path) -> None:
+    assert load_config(path).method in METHODS
+
+
+def test_the_defaults_are_valid() -> None:
+    validate(RunConfig())
+
+
+# Precedence
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    method = write(tmp_path, "quant: {weight_bits: 4, activation_bits: 4, ends_bits: null}\n", "method.yaml")
+    text = f"method: {method}\nquant: {{activation_bits: 6}}\n"
+    path = write(tmp_path, text)
+    config = load_config(path)
+    assert config.quant.weight_bits == 4  # method over the schema
+    assert config.quant.activation_bits == 6  # model over method
+    assert config.quant.ends_bits is None and config.quant.attention_bits == 8  # schema where nobody speaks
+    assert config.calibration.seed == 1243  # base
+    config = load_config(path, ["quant.activation_bits=3", "quant.weight_bits=5", "calibration.seed=7"])
+    assert (config.quant.activation_bits, config.quant.weight_bits, config.calibration.seed) == (3, 5, 7)
+
+
+def test_a_method_may_override_the_base_and_not_the_model(tmp_path: Path) -> None:
+    method = write(tmp_path, "calibration: {seed: 5}\nsampler: {steps: 20}\n", "method.yaml")
+    path = write(tmp_path, f"method: {method}\nsampler: {{steps: 30}}\n")
+    config = load_config(path)
+    assert config.calibration.seed == 5 and config.sampler.steps == 30
+
+
+def test_the_method_of_an_override_beats_that_of_the_model(tmp_path: Path) -> None:
+    path = write(tmp_path, "method: naive\n")
+    assert load_config(path).correction.cache is False
+    config = load_config(path, ["method=paper"])
+    assert config.method == "paper" and config.correction.cache is True
+
+
+def test_the_last_of_two_equal_overrides_wins(model: Path) -> None:
+    assert load_config(model, ["cache.interval=2", "cache.interval=3"]).cache.interval == 3
+
+
+def test_an_empty_file_is_the_base(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, ""))
+    assert config.method == "best" and config.output == "runs"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("sampler.guidance_scale=7.5", "sampler", "guidance_scale", 7.5),
+        ("sampler.guidance_scale=null", "sampler", "guidance_scale", None),
+        ("sampler.labels=[1,2]", "sampler", "labels", [1, 2]),
+        ("cache.enabled=false", "cache", "enabled", False),
+        ("correction.ridge=1e-4", "correction", "ridge", 1e-4),
+        ("sampler.eta=1", "sampler", "eta", 1.0),
+        ("model.path=a=b", "model", "path", "a=b"),
+        ("quant.ends_bits=null", "quant", "ends_bits", None),
+    ],
+)
+def test_overrides_take_the_type_of_their_key(
+    model: Path, override: str, section: str, key: str, value: object
+) -> None:
+    found = getattr(getattr(load_config(model, [override]), section), key)
+    assert found == value and type(found) is type(value)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "near"),
+    [
+        ("methd: best", "methd", "method"),
+        ("cach: {interval: 5}", "cach", "cache"),
+        ("cache: {intervall: 5}", "cache.intervall", "cache.interval"),
+        ("quant: {weight_bit: 5}", "quant.weight_bit", "quant.weight_bits"),
+        ("correction: {forcast: true}", "correction.forcast", "correction.forecast"),
+    ],
+)
+def test_an_unknown_key_names_its_nearest_at_every_level(
+    tmp_path: Path, text: str, unknown: str, near: str
+) -> None:
+    with pytest.raises(UserError, match=f"unknown key {unknown}; did you mean {near}") as caught:
+        load_config(write(tmp_path, text))
+    assert "model.yaml" in str(caught.value)
+    method = write(tmp_path, text, "own.yaml")
+    with pytest.raises(UserError, match=f"method .*own.yaml: unknown key {unknown}"):
+        load_config(write(tmp_path, f"method: {method}"))
+
+
+def test_an_unknown_override_is_named_with_its_nearest(model: Path) -> None:
+    with pytest.raises(UserError, match=r"--set: unknown key cache\.intervl; did you mean cache\.interval"):
+        load_config(model, ["cache.intervl=5"])
+
+
+def test_a_key_that_resembles_nothing_lists_what_there_is(model: Path) -> None:
+    with pytest.raises(UserError, match="expected one of enabled, interval, branch"):
+        load_config(model, ["cache.zzzzzz=5"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cache.interval=five",
+        "cache.interval=2.5",
+        "cache.interval=null",
+        "cache.enabled=7x",
+        "sampler.eta=much",
+        "sampler.labels=3",
+        "sampler.labels=[a]",
+        "cache=5",
+        "cache=null",
+        "schedule=[dps]",
+        "cache.interval.more=1",
+    ],
+)
+def test_a_wrong_type_is_refused(model: Path, override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(model, [override])
+    assert override.split("=")[0].split(".")[-1] in str(caught.value) or "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("schedule.kind=dsp", "uniform, power, dps"),
+        ("schedule.cost=l3", "l1, l2, sampler"),
+        ("correction.layers=some", "none, consumers, all"),
+        ("correction.trajectory=free", "full_precision, free_running"),
+        ("quant.weight_search=max", "minmax, mse, percentile"),
+        ("quant.activation_search=max", "minmax, mse, percentile"),
+        ("sampler.steps=0", "1 to 100000"),
+        ("sampler.eta=-0.1", "0 to 1"),
+        ("sampler.eta=nan", "0 to 1"),
+        ("cache.interval=0", "1 to 100000"),
+        ("cache.interval=51", "sampler.steps is 50"),
+        ("cache.branch=-1", "0 to 1000"),
+        ("quant.weight_bits=9", "2 to 8"),
+        ("quant.weight_bits=1", "2 to 8"),
+        ("quant.activation_bits=16", "2 to 8"),
+        ("quant.ends_bits=0", "2 to 8"),
+        ("quant.attention_bits=9", "2 to 8"),
+        ("correction.ridge=-1", "0 to 1e"),
+        ("calibration.samples=0", "1 to 1e"),
+        ("calibration.seed=-1", "0 to"),
+        ("sample.count=0", "1 to 1e"),
+        ("sample.batch_size=0", "1 to 1e"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_key_and_what_was_expected(
+    model: Path, override: str, expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(model, [override])
+    assert override.split("=")[0] in str(caught.value) and expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "ends"),
+    [
+        ("cache.interval", (1, 50)),
+        ("quant.weight_bits", (2, 8)),
+        ("sampler.eta", (0, 1)),
+        ("cache.branch", (0, 1000)),
+        ("sampler.steps", (5, 100_000)),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(model: Path, key: str, ends: tuple[int, int]) -> None:
+    for end in ends:
+        section, name = key.split(".")
+        assert getattr(getattr(load_config(model, [f"{key}={end}"]), section), name) == end
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do(model: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(model, ["method=papper"])
+    assert all(name in str(caught.value) for name in ("papper", *METHODS))
+    assert method_path("paper").is_file() and method_path("own.yml") == Path("own.yml")
+    with pytest.raises(UserError, match=r"no configuration file .*absent\.yaml"):
+        load_config(model, ["method=absent.yaml"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [1,", "- 1\n- 2", "just words", "a: b: c", "\t- x", "cache: {interval: 5", "a: !!python/none x"],
+)
+def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"model\.yaml"):
+        load_config(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_text_or_not_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match=r"binary\.yaml"):
+        load_config(path)
+    for missing in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(UserError, match="no configuration file"):
+            load_config(missing)
+
+
+@pytest.mark.parametrize("override", ["cache.interval", "", "cache interval 5"])
+def test_an_override_without_an_equals_sign_is_refused(model: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"expected key=value, such as cache\.interval=5"):
+        load_config(model, [override])
+
+
+@pytest.mark.parametrize(
+    "override", ["=5", "cache.interval=[1", "a]b=1", "cache..interval=5", ".=1", "cache.=1"]
+)
+def test_an_override_that_does_not_parse_is_refused(model: Path, override: str) -> None:
+    with pytest.raises(UserError):
+        load_config(model, [override])
+
+
+ESCAPES = pytest.mark.xfail(reason="omegaconf's own error comes through", strict=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("method: ${nowhere}", marks=ESCAPES),
+        pytest.param("cache: ${nowhere}", marks=ESCAPES),
+        pytest.param("cache: ???", marks=ESCAPES),
+        "cache: {interval: ???}",
+        "output: ${nowhere}",
+    ],
+)
+def test_a_reference_to_nothing_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError):
+        load_config(write(tmp_path, text))
+
+
+def test_a_reference_to_another_key_is_followed(tmp_path: Path) -> None:
+    path = write(tmp_path, "sampler: {steps: 40}\ncache: {interval: '${sampler.steps}'}\n")
+    assert load_config(path).cache.interval == 40
+
+
+# Dictionaries
+
+
+SECTIONS = {f.name: f.default_factory for f in fields(RunConfig) if f.default_factory is not MISSING}
+
+
+def test_every_section_is_a_dataclass() -> None:
+    assert SECTIONS and all(is_dataclass(factory) for factory in SECTIONS.values())
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    steps=st.integers(1, 500),
+    eta=st.floats(0, 1),
+    guidance=st.none() | st.floats(0, 50),
+    labels=st.none() | st.lists(st.integers(), max_size=3),
+    kind=st.sampled_from(["uniform", "power", "dps"]),
+    bits=st.none() | st.integers(2, 8),
+    name=st.text(max_size=8),
+)
+def test_a_configuration_survives_its_dictionary(
+    steps: int,
+    eta: float,
+    guidance: float | None,
+    labels: list[int] | None,
+    kind: str,
+    bits: int | None,
+    name: str,
+) -> None:
+    base = RunConfig()
+    config = replace(
+        base,
+        output=name.replace("$", "").replace("\\", "").replace("?", ""),
+        sampler=replace(base.sampler, steps=steps, eta=eta, guidance_scale=guidance, labels=labels),
+        cache=replace(base.cache, interval=min(7, steps)),
+        schedule=replace(base.schedule, kind=kind),
+        quant=replace(base.quant, ends_bits=bits),
+    )
+    plain = config_to_dict(config)
+    assert plain == asdict(config)
+    assert config_from_dict(plain) == config
+    assert config_from_dict(json.loads(json.dumps(plain))) == config
+
+
+def test_a_partial_dictionary_takes_the_defaults() -> None:
+    assert config_from_dict({"cache": {"interval": 3}}) == replace(
+        RunConfig(), cache=replace(RunConfig().cache, interval=3)
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cash": {}},
+        {"cache": {"intervall": 3}},
+        {"cache": {"interval": "five"}},
+        {"cache": {"interval": 0}},
+        {"cache": 3},
+        {"schedule": {"kind": "other"}},
+        {"sampler": {"steps": 5}, "cache": {"interval": 6}},
+    ],
+    ids=str,
+)
+def test_a_dictionary_is_checked_like_a_file(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        config_from_dict(values)
+
+
+def test_loading_does_not_touch_what_was_loaded_before(model: Path) -> None:
+    first = load_config(model)
+    second = load_config(model, ["cache.interval=3"])
+    assert first.cache.interval == 5 and second.cache.interval == 3
+    assert RunConfig() == RunConfig()
