@@ -200,15 +200,27 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return {str(k): v for k, v in plain.items()}
 
 
-def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """The inverse of `config_to_dict`, with the same checks as `load_config`."""
+def config_from_dict(values: dict[str, Any], changes: DictConfig | None = None) -> RunConfig:
+    """The inverse of `config_to_dict`, with the same checks as `load_config`; `changes` are laid over it."""
     try:
-        resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(values)))
+        layers = (OmegaConf.create(values), changes or OmegaConf.create({}))
+        resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {_first_line(error)}") from None
     assert isinstance(resolved, RunConfig)
     validate(resolved)
     return resolved
+
+
+def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """A resolved configuration with `key=value` changes.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    extra = _parse_overrides(overrides)
+    _reject_unknown(extra, "--set")
+    return config_from_dict(config_to_dict(config), extra)
 
 
 def validate(config: RunConfig) -> None:

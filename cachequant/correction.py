@@ -56,6 +56,30 @@ class Moments:
         return AffineMap(theta[:, 0].float(), shift.float(), previous)
 
 
+    def error(self, affine: AffineMap | None = None) -> Tensor:
+        """Mean squared error per channel [C] of y against a map's prediction, None for y ≈ x₁ unchanged.
+
+        From the sums alone: with v = (θ, -1, shift) the error is vᵀ G v / n.
+        """
+        if self.gram is None:
+            raise ValueError("no pairs were added to these moments")
+        vector = self.gram.new_zeros(self.gram.shape[:2])  # [C, F+2] over (x₁, …, x_F, y, 1)
+        vector[:, 0], vector[:, -2] = 1.0, -1.0
+        if affine is not None:
+            vector[:, 0], vector[:, -1] = affine.scale.to(vector), affine.shift.to(vector)
+            if affine.previous is not None and vector.shape[1] == 4:
+                vector[:, 1] = affine.previous.to(vector)
+        quadratic = torch.einsum("ci,cij,cj->c", vector, self.gram, vector)
+        return (quadratic / self.gram[:, -1, -1]).clamp(min=0.0)
+
+    @property
+    def target_power(self) -> Tensor:
+        """Mean square of the target per channel [C]."""
+        if self.gram is None:
+            raise ValueError("no pairs were added to these moments")
+        return self.gram[:, -2, -2] / self.gram[:, -1, -1]
+
+
 def _solve(covariance: Tensor, second: Tensor, ridge: float) -> Tensor:
     """θ [C, F] from the joint covariance [C, F+1, F+1] of features and target; see `Moments.solve`."""
     features = covariance[:, :-1, :-1]  # [C, F, F]

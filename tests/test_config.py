@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cachequant.config import (
     RunConfig,
+    apply_overrides,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -353,6 +354,16 @@ def test_a_partial_dictionary_takes_the_defaults() -> None:
 def test_a_dictionary_is_checked_like_a_file(values: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         config_from_dict(values)
+
+
+def test_overrides_of_a_resolved_configuration_are_checked_and_leave_it_alone() -> None:
+    base = RunConfig()
+    changed = apply_overrides(base, ["cache.interval=3", "quant.ends_bits=null"])
+    assert changed.cache.interval == 3 and changed.quant.ends_bits is None
+    assert base == RunConfig() and apply_overrides(base, []) == base
+    for bad in ("cache.intervall=3", "cache.interval=0", "cache.interval=x", "cache.interval"):
+        with pytest.raises(UserError):
+            apply_overrides(base, [bad])
 
 
 def test_loading_does_not_touch_what_was_loaded_before(model: Path) -> None:

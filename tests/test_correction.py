@@ -318,6 +318,24 @@ def test_with_two_constant_regressors_only_the_mean_moves() -> None:
     torch.testing.assert_close(fit.shift, y.transpose(0, 1).flatten(1).mean(1) - 2.0)
 
 
+# Errors from the sums
+
+
+@settings(deadline=None, max_examples=20)
+@given(SEEDS, st.integers(1, 2), st.floats(-2, 2))
+def test_the_error_from_the_sums_is_that_of_the_prediction(seed: int, regressors: int, factor: float) -> None:
+    x, y = pair(seed, (4, 3, 4, 4))
+    features = (x, pair(seed + 1, (4, 3, 4, 4))[0])[:regressors]
+    moments = Moments()
+    moments.update(features, y)
+    fit = moments.solve()
+    other = AffineMap(fit.scale * factor, fit.shift + factor)
+    expected = [squared_error(y, prediction) / 64 for prediction in (x, fit.apply(*features), other.apply(x))]
+    for found, direct in zip((moments.error(m) for m in (None, fit, other)), expected, strict=True):
+        torch.testing.assert_close(found, direct, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.target_power, squared_error(y, torch.zeros_like(y)) / 64)
+
+
 # The epilogue
 
 

@@ -80,6 +80,29 @@ def error_figure(errors: dict[str, Tensor]) -> Figure:
     return figure
 
 
+def curve_figure(curves: dict[str, dict[int, float]], label: str) -> Figure:
+    """Positive numbers by sampler step on a log axis, one line per name; steps that a curve lacks are bridged.
+
+    Args:
+        curves: name -> step -> value.
+        label: what the values are, with their unit.
+    """
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, curve) in enumerate(curves.items()):
+        steps = sorted(s for s in curve if curve[s] > 0)
+        axes.plot(
+            steps, [curve[s] for s in steps], label=name, color=_colour(name, i), linewidth=1.4,
+            marker=MARKERS[i % len(MARKERS)], markersize=3,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    _step_axis(axes)
+    _style(axes)
+    return figure
+
+
 def quality_figure(rows: Sequence[Row]) -> Figure:
     """PSNR against speed-up, a labelled point for each row; rows equal to `full` stand on the upper edge."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")

@@ -14,6 +14,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments
 from cachequant.errors import UserError
 from cachequant.pipeline.context import FRESH, Context
+from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import regressors
 from cachequant.pipeline.hook import Call
 from cachequant.quant.convert import QuantizedNetwork, install
@@ -56,8 +57,10 @@ def corrected_layers(context: Context, handle: QuantizedNetwork) -> tuple[str, .
     return tuple(n for n in context.adapter.consumers() if n in handle.layers) if kind == "consumers" else ()
 
 
-def _teacher_forced(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:
-    """Sums over full-precision trajectories: the paper's stage 5."""
+def gather_products(
+    context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork
+) -> dict[str, dict[int, Moments]]:
+    """Layer -> step -> sums of (integer product, exact product) over full-precision trajectories: the paper's stage 5."""
     adapter, names = context.adapter, corrected_layers(context, handle)
     handle.set_mode(Mode.FLOAT)
 
@@ -76,9 +79,13 @@ def _teacher_forced(context: Context, cache: FeatureCache, correction: Correctio
 
     for _ in context.run(step, cache, context.seeds(FRESH), "5 dec quant"):
         pass
-    ridge = context.config.correction.ridge
-    layers = {n: {s: m.solve(ridge).to("cpu") for s, m in sorted(handle.layers[n].moments.items())} for n in names}
-    return Correction(correction.cache, layers)
+    return {name: dict(sorted(handle.layers[name].moments.items())) for name in names}
+
+
+def _teacher_forced(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:
+    """Solve the paper's regressions, layer by layer and step by step."""
+    sums, ridge = gather_products(context, cache, correction, handle), context.config.correction.ridge
+    return Correction(correction.cache, {name: solve_maps(moments, ridge) for name, moments in sums.items()})
 
 
 def _free_running(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:

@@ -76,8 +76,9 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):
             centred = grid.values.to(device).float() - _column(grid.zero_point.to(device), grid.values.dim())
-            layout = torch.channels_last if source.weight.dim() == 4 else torch.contiguous_format
-            self.register_buffer(f"weight_{i}", centred.contiguous(memory_format=layout), persistent=False)
+            if source.weight.dim() == 4 and source.weight.is_contiguous(memory_format=torch.channels_last):
+                centred = centred.contiguous(memory_format=torch.channels_last)
+            self.register_buffer(f"weight_{i}", centred, persistent=False)
             self.register_buffer(f"weight_scale_{i}", grid.scale.to(device), persistent=False)
 
     @property

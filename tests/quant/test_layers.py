@@ -563,6 +563,8 @@ def test_a_network_of_eight_bits_stays_close_and_its_state_restores_it(make: typ
     assert 0 < float((quantised_output - output).norm() / output.norm()) < 0.1
     state = handle.state
     assert {name.rpartition(".")[2] for name in state.operands} == set(OPERANDS)
+    assert all(rows.steps.tolist() == [0] for rows in state.operands.values())
+    assert all(rows.steps.tolist() == [0] for layer in state.layers.values() for rows in layer.inputs)
     install(twin, state, clock())
     assert torch.equal(run(twin), quantised_output)
 

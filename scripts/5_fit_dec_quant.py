@@ -1,0 +1,11 @@
+"""Stage 5 of 6: DEC for quantisation on the scales that will be used; its output is the finished plan.
+
+    python scripts/5_fit_dec_quant.py configs/fashion.yaml [--set KEY=VALUE]
+"""
+
+import sys
+
+from cachequant.cli import stage_main
+
+if __name__ == "__main__":
+    sys.exit(stage_main(5))
