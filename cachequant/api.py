@@ -155,7 +155,9 @@ def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNe
     missing = [name for name in plan.quant.layers if name not in names]
     if missing or not plan.quant.layers:
         what = f"{len(missing)} of its layers such as {missing[0]}" if missing else "no layer at all"
-        raise UserError(f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it")
+        raise UserError(
+            f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it"
+        )
     network = install(structure.denoiser, plan.quant, cache, correction=plan.correction)
     structure.rebuild()
     return network

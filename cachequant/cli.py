@@ -37,7 +37,8 @@ def guarded(action: Callable[[], None]) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     parser = argparse.ArgumentParser(
-        prog="cachequant", description="Fast diffusion sampling without training: feature caching and quantisation in one plan."
+        prog="cachequant",
+        description="Fast diffusion sampling without training: feature caching and quantisation in one plan.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     demo = _command(commands, "demo", "the whole job on an embedded model, offline, on the CPU", _demo)
@@ -63,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the configuration")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the configuration"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object there")
     command.set_defaults(run=run)
@@ -86,7 +89,9 @@ def _demo(args: argparse.Namespace) -> None:
     _report_json(args, rows_to_json(rows))
 
 
-def stages_of(config_path: Path, overrides: list[str], device: str, out: Path | None = None, only: int | None = None) -> Any:
+def stages_of(
+    config_path: Path, overrides: list[str], device: str, out: Path | None = None, only: int | None = None
+) -> Any:
     """The stages of a configuration file on its own pipeline; `only` allows just one of them to be computed."""
     from cachequant.config import load_config
     from cachequant.models.loading import load_pipeline
@@ -134,7 +139,11 @@ def _sample(args: argparse.Namespace) -> None:
     save_tensors(args.out / "images.safetensors", {"images": samples.images})
     save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")
     print(f"{len(samples.images)} images in {samples.seconds:.1f} s: {args.out}/grid.png")
-    value = {"images": str(args.out / "images.safetensors"), "count": len(samples.images), "seconds": samples.seconds}
+    value = {
+        "images": str(args.out / "images.safetensors"),
+        "count": len(samples.images),
+        "seconds": samples.seconds,
+    }
     _report_json(args, value)
 
 
@@ -170,7 +179,9 @@ def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
     name = STAGES[number - 1]
     parser = argparse.ArgumentParser(description=f"Stage {number} of 6: {name.replace('_', ' ')}.")
     parser.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the configuration")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the configuration"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="run folder, default runs/<model.name>")
     args = parser.parse_args(argv)

@@ -69,7 +69,7 @@ class CorrectionConfig:
 
 @dataclass
 class QuantConfig:
-    """Bits and range search. `ends_bits` / `attention_bits` None leaves end convolutions / attention operands as they are."""
+    """Bits and range search. `ends_bits`, `attention_bits` None: end convolutions, attention operands stay as they are."""
 
     enabled: bool = True
     weight_bits: int = 8
@@ -166,13 +166,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     own = _read_yaml(path)
     extra = _parse_overrides(overrides or [])
     base = _read_yaml(repository_folder() / "configs" / "_base.yaml")
-    merged = OmegaConf.merge(base, own, extra)
-    method = OmegaConf.select(merged, "method", default="best")
-    method_yaml = _read_yaml(method_path(str(method)))
-    _reject_unknown(own, path.name)
-    _reject_unknown(method_yaml, f"method {method}")
-    _reject_unknown(extra, "--set")
     try:
+        method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
+        method_yaml = _read_yaml(method_path(str(method)))
+        _reject_unknown(own, path.name)
+        _reject_unknown(method_yaml, f"method {method}")
+        _reject_unknown(extra, "--set")
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -232,7 +231,9 @@ def validate(config: RunConfig) -> None:
     for key, choices in _CHOICES.items():
         value = _lookup(config, key)
         if value not in choices:
-            raise UserError(f"{key} is {value!r}, expected one of {', '.join(choices)}: correct it in the YAML or with --set")
+            raise UserError(
+                f"{key} is {value!r}, expected one of {', '.join(choices)}: correct it in the YAML or with --set"
+            )
     for key, (low, high) in _RANGES.items():
         value = _lookup(config, key)
         if value is not None and not low <= value <= high:
@@ -280,8 +281,8 @@ def _reject_unknown(given: Any, where: str, schema: Any = RunConfig, prefix: str
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}"
             raise UserError(f"{where}: unknown key {name}; {hint}")
-        factory = known[key].default_factory
-        if is_dataclass(factory):
+        factory: Any = known[key].default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
             value = given[key]
             if not isinstance(value, DictConfig):
                 raise UserError(f"{where}: {name} is {value!r}, expected a section of keys")

@@ -55,7 +55,6 @@ class Moments:
         previous = theta[:, 1].float() if theta.shape[1] == 2 else None
         return AffineMap(theta[:, 0].float(), shift.float(), previous)
 
-
     def error(self, affine: AffineMap | None = None) -> Tensor:
         """Mean squared error per channel [C] of y against a map's prediction, None for y ≈ x₁ unchanged.
 
@@ -87,17 +86,19 @@ def _solve(covariance: Tensor, second: Tensor, ridge: float) -> Tensor:
     alive = diagonal > NEGLIGIBLE_VARIANCE * second.diagonal(dim1=1, dim2=2)[:, :-1]  # [C, F]
     pair = alive[:, :, None] & alive[:, None, :]
     damped = diagonal * (1.0 + ridge) if ridge else diagonal
-    system = torch.where(pair, features, 0.0)
+    system = torch.where(pair, features, torch.zeros_like(features))
     system.diagonal(dim1=1, dim2=2).copy_(torch.where(alive, damped, 1.0))
     prior = torch.zeros_like(diagonal)
     prior[:, 0] = 1.0
     gap = covariance[:, :-1, -1] - (features * prior[:, None, :]).sum(2)  # [C, F] Cov(x, y) - C θ₀
-    gap = torch.where(alive, gap, 0.0)
+    gap = torch.where(alive, gap, torch.zeros_like(gap))
     if system.shape[1] == 1:
         return prior + gap / system[:, 0]
-    inverse = torch.linalg.pinv(system, hermitian=True, rtol=1e-12)  # identical features share the weight
-    solution = inverse @ gap[:, :, None]
-    return prior + solution[:, :, 0]
+    unit: Tensor = system.diagonal(dim1=1, dim2=2).rsqrt()  # [C, F] the features in units of their deviation
+    normal = unit[:, :, None] * system * unit[:, None, :]
+    inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)  # identical features share the weight
+    solution: Tensor = inverse @ (unit * gap)[:, :, None]
+    return prior + unit * solution[:, :, 0]
 
 
 def fit_affine(x: Tensor, y: Tensor, channel_dim: int = 1) -> AffineMap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Plan:
         save_tensors(folder / "quant.safetensors", pack_quant(self.quant) if self.quant else {})
         record = self._record()
         record["files"] = {name: file_hash(folder / name) for name in TENSOR_FILES}
+        record = json.loads(json.dumps(record, allow_nan=False))  # the keys as they will be read
         save_json(folder / "plan.json", {**record, "checksum": content_hash(record)})
         return folder
 
@@ -100,7 +102,9 @@ class Plan:
         """
         folder = Path(folder)
         if not (folder / "plan.json").is_file():
-            raise UserError(f"no plan in {folder}: expected a folder with plan.json, made by `cachequant run` or Plan.save")
+            raise UserError(
+                f"no plan in {folder}: expected a folder with plan.json, made by `cachequant run` or Plan.save"
+            )
         record = load_json(folder / "plan.json")
         _verify(record, folder)
         try:
@@ -147,7 +151,7 @@ def _verify(record: Any, folder: Path) -> None:
     if record.get("checksum") != content_hash(body):
         raise UserError(f"{path} was edited or cut short (its checksum does not fit): make the plan again")
     for name in TENSOR_FILES:
-        if not (folder / name).is_file() or file_hash(folder / name) != record["files"].get(name):
+        if not (folder / name).is_file() or file_hash(folder / name) != record.get("files", {}).get(name):
             raise UserError(f"{folder / name} is missing or was changed after the plan was saved: make the plan again")
 
 

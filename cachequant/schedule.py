@@ -6,6 +6,7 @@ the distances are streamed here: a ring of 2N features, a band of T × 2N number
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,7 +25,9 @@ def num_groups(num_steps: int, interval: int) -> int:
         UserError: the interval is not in [1, num_steps].
     """
     if not 1 <= interval <= num_steps:
-        raise UserError(f"cache.interval is {interval}, expected 1 to {num_steps} (the sampler's steps): choose one of them")
+        raise UserError(
+            f"cache.interval is {interval}, expected 1 to {num_steps} (the sampler's steps): choose one of them"
+        )
     return math.ceil(num_steps / interval)
 
 
@@ -45,7 +48,7 @@ def power_schedule(num_steps: int, interval: int, center: float, power: float) -
         UserError: impossible interval, centre outside the run, or a power that is not positive.
     """
     groups = num_groups(num_steps, interval)
-    if not 0 <= center <= num_steps or power <= 0:
+    if not (0 <= center <= num_steps and 0 < power < math.inf):
         raise UserError(
             f"schedule.center {center} and schedule.power {power}: expected a centre in 0..{num_steps} and a power above 0"
         )
@@ -93,10 +96,16 @@ class DistanceBand:
         self._pending: list[Tensor] = []
 
     def update(self, feature: Tensor) -> None:
-        """Take the feature of the next step [B, C, ...]; after T of them a new pass (batch) begins."""
-        rows = feature.detach().float().flatten(0, 1).flatten(1)  # [B·C, m]
+        """Take the feature of the next step [B, C, ...]; after T of them a new pass (batch) begins.
+
+        Raises:
+            ValueError: the shape changed within a pass.
+        """
+        rows = _as_rows(feature.detach().float())  # [B·C, m]
         slots = self.max_length - 1
-        if self._ring is None or self._ring.shape[::2] != rows.shape:
+        if self._pending and self._ring is not None and self._ring.shape[::2] != rows.shape:
+            raise ValueError(f"features changed from {list(self._ring.shape[::2])} to {list(rows.shape)} within a pass")
+        if self._ring is None:
             self._ring = rows.new_zeros(rows.shape[0], max(slots, 1), rows.shape[1])  # [B·C, 2N-1, m]
             self.peak_bytes = max(self.peak_bytes, self._ring.numel() * self._ring.element_size())
         step = len(self._pending)
@@ -122,6 +131,15 @@ class DistanceBand:
             self.values[step, 1 : known + 1] += distances.cpu()[slot].flip(0)
         self._ring = None
         self._pending.clear()
+
+
+def _as_rows(feature: Tensor) -> Tensor:
+    """[B, C, ...] -> [B·C, m]; what has fewer dimensions is one row each, or one row."""
+    return (
+        feature.flatten(0, 1).flatten(1)
+        if feature.dim() > 2
+        else feature.reshape(-1, feature.shape[-1] if feature.dim() else 1)
+    )
 
 
 def group_costs(band: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -187,14 +205,12 @@ def schedule_cost(costs: Tensor, schedule: Schedule) -> float:
     """Objective of any schedule under `group_costs` [T, L + 1]; inf where a group is longer than the band."""
     bounds = [*schedule.refresh_steps, schedule.num_steps]
     total = 0.0
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         total += float(costs[start, end - start]) if end - start < costs.shape[1] else math.inf
     return total
 
 
-def dps_schedule(
-    band: DistanceBand, weights: Tensor | None = None, groups: int | None = None
-) -> Schedule:
+def dps_schedule(band: DistanceBand, weights: Tensor | None = None, groups: int | None = None) -> Schedule:
     """The schedule that minimises the summed distance between true and reused features.
 
     Group lengths lie in [ceil(N/2), 2N] (paper section 3.2). `groups` overrides K = ceil(T / N): the released code

@@ -56,7 +56,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def save_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    write_atomically(path, lambda p: p.write_text(text + "\n", encoding="utf-8") and None)
+    write_atomically(path, lambda p: _write_text(p, text + "\n"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def load_json(path: Path) -> Any:
@@ -75,7 +79,7 @@ def load_json(path: Path) -> Any:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write safetensors atomically."""
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # no two share memory
     write_atomically(path, lambda p: save_file(plain, p))
 
 
@@ -177,11 +181,11 @@ def unpack_quant(flat: dict[str, Tensor]) -> QuantState:
     """
     try:
         layers = {name: _unpack_layer(f"layers.{name}", flat) for name in _names(flat, "layers.", ".widths")}
-        operands = {
-            name: _unpack_table(f"operands.{name}", flat) for name in _names(flat, "operands.", ".zero_point")
-        }
+        operands = {name: _unpack_table(f"operands.{name}", flat) for name in _names(flat, "operands.", ".zero_point")}
     except KeyError as error:
-        raise UserError(f"quantisation state lacks tensor {error.args[0]}: the file is damaged, make it again") from None
+        raise UserError(
+            f"quantisation state lacks tensor {error.args[0]}: the file is damaged, make it again"
+        ) from None
     return QuantState(layers, operands)
 
 
@@ -191,7 +195,9 @@ def _unpack_layer(prefix: str, flat: dict[str, Tensor]) -> LayerQuant:
     for i in range(len(widths)):
         p = f"{prefix}.{i}"
         zero_point = flat[f"{p}.weight_zero_point"].float()
-        grids.append(WeightGrid(flat[f"{p}.weight"], flat[f"{p}.weight_scale"], zero_point, int(flat[f"{p}.weight_bits"])))
+        grids.append(
+            WeightGrid(flat[f"{p}.weight"], flat[f"{p}.weight_scale"], zero_point, int(flat[f"{p}.weight_bits"]))
+        )
         tables.append(_unpack_table(f"{p}.input", flat))
     return LayerQuant(tuple(grids), tuple(tables), widths)
 

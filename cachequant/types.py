@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +30,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         steps = self.refresh_steps
-        ordered = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        ordered = all(a < b for a, b in itertools.pairwise(steps))
         if not steps or steps[0] != 0 or not ordered or steps[-1] >= self.num_steps:
             raise ValueError(
                 f"refresh_steps {steps[:8]} must start at 0, rise strictly and stay below {self.num_steps}"

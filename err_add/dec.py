@@ -39,7 +39,9 @@ def cache_curves(stages: Stages) -> Curves:
     """Error of the reused feature: raw, and corrected by stage 3's maps."""
     moments, _ = stages.moments()
     if not moments:
-        raise UserError("there is no cached step or correction.cache is false: nothing to study, set cache.interval above 1")
+        raise UserError(
+            "there is no cached step or correction.cache is false: nothing to study, set cache.interval above 1"
+        )
     before, after = relative_errors(moments, stages.context.config.correction.ridge)
     return {"reused as it is": before, "corrected": after}
 

@@ -1,6 +1,6 @@
 """Stage 1 of 6: full-precision trajectories, distances between features, calibration inputs, and the schedule (DPS).
 
-    python scripts/1_calibrate.py configs/fashion.yaml [--set KEY=VALUE]
+python scripts/1_calibrate.py configs/fashion.yaml [--set KEY=VALUE]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stage 2 of 6: statistics of true against reused features, streamed while sampling; no feature map is stored.
 
-    python scripts/2_dump_features.py configs/fashion.yaml [--set KEY=VALUE]
+python scripts/2_dump_features.py configs/fashion.yaml [--set KEY=VALUE]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stage 4 of 6: integer weights, and a scale and zero point per activation and executed step.
 
-    python scripts/4_quant_params.py configs/fashion.yaml [--set KEY=VALUE]
+python scripts/4_quant_params.py configs/fashion.yaml [--set KEY=VALUE]
 """
 
 import sys

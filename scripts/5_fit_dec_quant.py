@@ -1,6 +1,6 @@
 """Stage 5 of 6: DEC for quantisation on the scales that will be used; its output is the finished plan.
 
-    python scripts/5_fit_dec_quant.py configs/fashion.yaml [--set KEY=VALUE]
+python scripts/5_fit_dec_quant.py configs/fashion.yaml [--set KEY=VALUE]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stage 6 of 6: images of the plan.
 
-    python scripts/6_sample.py configs/fashion.yaml [--set KEY=VALUE]
+python scripts/6_sample.py configs/fashion.yaml [--set KEY=VALUE]
 """
 
 import sys

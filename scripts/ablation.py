@@ -32,7 +32,10 @@ from cachequant.pipeline.stages import Stages
 from cachequant.storage import save_json
 
 ROWS = ("naive", "dps", "dec_cache", "paper", "uniform_dec", "cachequant:best")
-QUANT_ONLY = ("quant_only:best,correction.layers=none,cache.interval=1", "paper_quant_only:naive,cache.interval=1")
+QUANT_ONLY = (
+    "quant_only:best,correction.layers=none,cache.interval=1",
+    "paper_quant_only:naive,cache.interval=1",
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,7 +47,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=2500)
-    parser.add_argument("--row", action="append", default=[], help="LABEL:METHOD[,KEY=VALUE...], instead of the default")
+    parser.add_argument(
+        "--row", action="append", default=[], help="LABEL:METHOD[,KEY=VALUE...], instead of the default"
+    )
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="KEY=VALUE for every row")
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--out", type=Path, required=True)
@@ -67,7 +72,10 @@ class Table:
         """File a row and print it."""
         self.record["results"].append(row)
         save_json(self.path, self.record)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "refresh_steps"}, flush=True)
+        print(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "refresh_steps"},
+            flush=True,
+        )
 
 
 class Judge:
@@ -91,7 +99,7 @@ class Judge:
 
 
 def split_row(row: str, interval: int) -> tuple[str, list[str]]:
-    """"LABEL:METHOD,KEY=VALUE" -> label and overrides; a bare name is label and method."""
+    """ "LABEL:METHOD,KEY=VALUE" -> label and overrides; a bare name is label and method."""
     label, _, rest = row.partition(":")
     method, *extra = (rest or label).split(",")
     return label, [f"cache.interval={interval}", f"method={method}", *extra]
@@ -100,7 +108,9 @@ def split_row(row: str, interval: int) -> tuple[str, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing."""
     args = parse(argv)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # products of 8-bit integers stay exact
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        True  # products of 8-bit integers stay exact
+    )
     torch.backends.cudnn.benchmark = True
     table, base = Table(args.out), cq.load_config(args.config, [*args.overrides, "cache.interval=1"])
     pipe = cq.load_pipeline(base.model.path, args.device)
@@ -118,10 +128,22 @@ def main(argv: list[str] | None = None) -> None:
 def measure_seed(args: argparse.Namespace, seed: int, pipe: Any, judge: Judge, table: Table) -> None:
     """All rows of one seed."""
     noise = list(range(10_000_000 + seed * args.samples, 10_000_000 + (seed + 1) * args.samples))
-    common = [*args.overrides, "cache.interval=1", f"calibration.seed={1243 + 1000 * seed}", f"sample.batch_size={args.batch_size}"]
+    common = [
+        *args.overrides,
+        "cache.interval=1",
+        f"calibration.seed={1243 + 1000 * seed}",
+        f"sample.batch_size={args.batch_size}",
+    ]
     full = draw(Context.of(pipe, cq.load_config(args.config, common)), None, noise, "full")
     if not table.has(row="full", seed=seed):
-        table.add(row="full", interval=1, seed=seed, distance=judge.distance(full.images), psnr=None, seconds=full.seconds)
+        table.add(
+            row="full",
+            interval=1,
+            seed=seed,
+            distance=judge.distance(full.images),
+            psnr=None,
+            seconds=full.seconds,
+        )
     intervals = [int(n) for n in args.intervals.split(",")]
     jobs = [(row, n) for n in intervals for row in (args.row or ROWS)]
     jobs += [] if args.row else [(row, 1) for row in QUANT_ONLY]

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring
 
 
 @pytest.fixture(scope="session")

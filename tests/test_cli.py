@@ -39,7 +39,10 @@ def test_help_of_every_command_fits_a_screen(capsys: pytest.CaptureFixture[str])
         (["run", "absent.yaml"], "no configuration file absent.yaml"),
         (["run", CONFIG, "--set", "cache.intervall=3"], "did you mean cache.interval?"),
         (["run", CONFIG, "--set", "cache.interval=0"], "cache.interval is 0"),
-        (["run", CONFIG, "--set", "cache.branch=9", "--set", "method=naive"], "cache.branch is 9, expected 0 to 5"),
+        (
+            ["run", CONFIG, "--set", "cache.branch=9", "--set", "method=naive"],
+            "cache.branch is 9, expected 0 to 5",
+        ),
         (["run", CONFIG, "--set", "sampler.steps=2000"], "expected at most 1000"),
         (["run", CONFIG, "--set", "model.path=nowhere/at/all"], "no pipeline nowhere/at/all"),
         (["run", CONFIG, "--device", "cuda:77"], "device is 'cuda:77'"),
@@ -48,7 +51,11 @@ def test_help_of_every_command_fits_a_screen(capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_a_mistake_is_one_line_and_status_two(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -96,9 +103,24 @@ def test_each_numbered_script_is_its_stage() -> None:
 
 def test_a_killed_run_keeps_finished_stages_and_goes_on(tmp_path: Path) -> None:
     """SIGKILL after stage 1: the next run takes stage 1 as it is and finishes with no half-written file left behind."""
-    command = [sys.executable, "-W", "ignore", "-m", "cachequant", "run", CONFIG, *SET, "--set", "method=paper", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "cachequant",
+        "run",
+        CONFIG,
+        *SET,
+        "--set",
+        "method=paper",
+        "--out",
+        str(tmp_path),
+    ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "1 schedule" in line:

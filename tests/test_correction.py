@@ -21,9 +21,7 @@ from cachequant.types import AffineMap, Correction
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def pair(
-    seed: int, shape: tuple[int, ...], channel_dim: int = 1, noise: float = 0.3
-) -> tuple[Tensor, Tensor]:
+def pair(seed: int, shape: tuple[int, ...], channel_dim: int = 1, noise: float = 0.3) -> tuple[Tensor, Tensor]:
     """x and y = a·x + b + noise with another scale and offset per channel."""
     generator = torch.Generator().manual_seed(seed)
     column = [1] * len(shape)
@@ -91,9 +89,7 @@ def test_a_correction_knows_whether_it_forecasts() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, st.lists(st.integers(2, 5), min_size=2, max_size=4), st.integers(0, 3), st.booleans())
-def test_the_fit_is_least_squares_in_every_channel(
-    seed: int, sizes: list[int], position: int, negative: bool
-) -> None:
+def test_the_fit_is_least_squares_in_every_channel(seed: int, sizes: list[int], position: int, negative: bool) -> None:
     shape = tuple(sizes)
     channel_dim = position % len(shape)
     x, y = pair(seed, shape, channel_dim)
@@ -349,11 +345,7 @@ def test_the_folded_epilogue_is_the_correction_before_the_bias(with_bias: bool, 
     p = product(integers, weight, Geometry.of(layer))
     scale = torch.rand(5, generator=generator) * 1e-3
     bias = torch.randn(5, generator=generator) if with_bias else None
-    fit = (
-        AffineMap(torch.randn(5, generator=generator), torch.randn(5, generator=generator))
-        if with_map
-        else None
-    )
+    fit = AffineMap(torch.randn(5, generator=generator), torch.randn(5, generator=generator)) if with_map else None
     expected = p * scale[:, None, None]
     expected = expected if fit is None else fit.apply(expected)
     expected = expected if bias is None else expected + bias[:, None, None]

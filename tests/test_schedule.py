@@ -149,8 +149,7 @@ def test_group_costs_are_the_naive_double_sum(seed: int, steps: int, length: int
             assert math.isinf(costs[start, size])
             continue
         naive = sum(
-            float(band[start + d, d]) * (float(weights[start + d]) if weights is not None else 1.0)
-            for d in range(size)
+            float(band[start + d, d]) * (float(weights[start + d]) if weights is not None else 1.0) for d in range(size)
         )
         assert float(costs[start, size]) == pytest.approx(naive, rel=1e-12, abs=1e-12)
 

@@ -56,9 +56,7 @@ def affine_maps(draw: st.DrawFn, forecast: bool | None = None) -> dict[int, Affi
     with_previous = draw(st.booleans()) if forecast is None else forecast
     generator = torch.Generator().manual_seed(seed)
     return {
-        step: AffineMap(
-            *(torch.randn(channels, generator=generator) for _ in range(3 if with_previous else 2))
-        )
+        step: AffineMap(*(torch.randn(channels, generator=generator) for _ in range(3 if with_previous else 2)))
         for step in steps
     }
 
@@ -226,9 +224,7 @@ def test_a_saved_layer_computes_what_it_computed(tmp_path: Path) -> None:
         assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize(
-    "lost", ["0.weight", "1.weight_scale", "0.input.bits", "1.weight_zero_point", "0.input.scale"]
-)
+@pytest.mark.parametrize("lost", ["0.weight", "1.weight_scale", "0.input.bits", "1.weight_zero_point", "0.input.scale"])
 def test_a_state_without_one_of_its_tensors_is_refused(lost: str) -> None:
     flat = pack_quant(quant_state())
     del flat[f"layers.up_blocks.0.resnets.1.conv1.{lost}"]
@@ -239,15 +235,12 @@ def test_a_state_without_one_of_its_tensors_is_refused(lost: str) -> None:
 def test_maps_whose_rows_do_not_match_are_refused() -> None:
     flat = pack_maps("cache", {1: AffineMap.identity(3), 2: AffineMap.identity(3)})
     with pytest.raises(UserError, match="2 steps for maps of shape"):
-        unpack_maps(
-            "cache", {**flat, "cache.scale": flat["cache.scale"][:1], "cache.shift": flat["cache.shift"][:1]}
-        )
+        unpack_maps("cache", {**flat, "cache.scale": flat["cache.scale"][:1], "cache.shift": flat["cache.shift"][:1]})
 
 
 # Files
 
 
-@pytest.mark.xfail(reason="safetensors refuses tensors that share memory", strict=True, raises=RuntimeError)
 def test_one_tensor_under_two_names_is_saved_under_both(tmp_path: Path) -> None:
     shared = torch.arange(3.0)
     save_tensors(tmp_path / "t.safetensors", {"a": shared, "b": shared})
@@ -500,7 +493,6 @@ def test_a_plan_of_impossible_values_is_refused_even_with_a_fitting_checksum(
         Plan.load(tmp_path)
 
 
-@pytest.mark.xfail(reason="a record without `files` raises KeyError", strict=True, raises=KeyError)
 def test_a_plan_whose_record_lists_no_files_is_refused(tmp_path: Path) -> None:
     path = plan().save(tmp_path) / "plan.json"
     record = json.loads(path.read_text())
@@ -510,7 +502,6 @@ def test_a_plan_whose_record_lists_no_files_is_refused(tmp_path: Path) -> None:
         Plan.load(tmp_path)
 
 
-@pytest.mark.xfail(reason="the checksum sorts numbers, the file holds text", strict=True, raises=UserError)
 def test_provenance_by_step_survives(tmp_path: Path) -> None:
     folder = replace(plan(), provenance={"cost": {2: 0.5, 10: 0.25}}).save(tmp_path)
     assert Plan.load(folder).provenance["cost"] == {"2": 0.5, "10": 0.25}

@@ -161,9 +161,7 @@ def _draw_point(axes: Axes, i: int, name: str, xy: tuple[float, float], equal: b
     else:
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6}
         text, where, units = name, (1.03, place), "axes fraction"
-    axes.annotate(
-        text, xy, where, textcoords=units, va="center", annotation_clip=False, arrowprops=line
-    )
+    axes.annotate(text, xy, where, textcoords=units, va="center", annotation_clip=False, arrowprops=line)
 
 
 def _padded(values: list[float]) -> tuple[float, float]:

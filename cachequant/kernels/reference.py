@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-
 @dataclass(frozen=True)
 class Geometry:
     """How an operand meets its weights: a convolution's strides and paddings, or a linear layer (`is_conv` False)."""
@@ -25,9 +24,15 @@ class Geometry:
 
     @staticmethod
     def of(layer: nn.Conv2d | nn.Linear) -> Geometry:
-        """The geometry of an existing layer."""
+        """The geometry of an existing layer.
+
+        Raises:
+            ValueError: it pads with anything but zeros.
+        """
         if isinstance(layer, nn.Linear):
             return Geometry(is_conv=False)
+        if layer.padding_mode != "zeros":
+            raise ValueError(f"padding_mode is {layer.padding_mode!r}, expected zeros: leave this layer unquantised")
         return Geometry(True, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     @property
@@ -56,5 +61,3 @@ def epilogue(integers: Tensor, scale: Tensor, shift: Tensor | None, channel_dim:
     if shift is None:
         return integers * scale.view(shape)
     return (integers * scale.view(shape)).add_(shift.view(shape))
-
-

@@ -22,7 +22,12 @@ class Adapter(Protocol):
         ...
 
     def cached(
-        self, x: Tensor, timestep: Any, cond: Any, cached_feature: Tensor, correction: AffineMap | None = None,
+        self,
+        x: Tensor,
+        timestep: Any,
+        cond: Any,
+        cached_feature: Tensor,
+        correction: AffineMap | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Run only what a cached step runs, from a raw feature and its correction: output [B, C, H, W]."""
@@ -94,5 +99,3 @@ def adapter(pipe: Any, branch: int = 0) -> Adapter:
         f"{type(denoiser).__name__} is not supported, expected UNet2DModel or UNet2DConditionModel: "
         "add an adapter in cachequant/models/"
     )
-
-

@@ -23,7 +23,7 @@ def step_macs(adapter: Adapter, x: Tensor, timestep: Tensor, kwargs: dict[str, T
         with FlopCounterMode(display=False) as full:
             _, feature = adapter.full(x, timestep, **kwargs)
         with FlopCounterMode(display=False) as cached:
-            adapter.cached(x, timestep, None, feature, **kwargs)
+            adapter.cached(x, timestep, None, feature, None, **kwargs)
     return full.get_total_flops() / 2, cached.get_total_flops() / 2
 
 

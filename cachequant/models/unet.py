@@ -49,7 +49,12 @@ class UNetAdapter:
         return output, caught[0]
 
     def cached(
-        self, x: Tensor, timestep: Any, cond: Any, cached_feature: Tensor, correction: AffineMap | None = None,
+        self,
+        x: Tensor,
+        timestep: Any,
+        cond: Any,
+        cached_feature: Tensor,
+        correction: AffineMap | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Stem, kept encoder head, kept decoder tail and head, from the (corrected) feature: [B, C, H, W]."""
@@ -96,7 +101,7 @@ class UNetAdapter:
         return {
             name
             for name, module in self.denoiser.named_modules()
-            if name.startswith(embedding) or name.endswith("time_emb_proj") and isinstance(module, nn.Module)
+            if name.startswith(embedding) or (name.endswith("time_emb_proj") and isinstance(module, nn.Module))
         }
 
     def splits(self) -> dict[str, int]:
@@ -125,4 +130,7 @@ def _without_deep_residual(kwargs: dict[str, Any]) -> dict[str, Any]:
     residual = kwargs.get("mid_block_additional_residual")
     if residual is None:
         return kwargs
-    return {**kwargs, "mid_block_additional_residual": torch.zeros((), dtype=residual.dtype, device=residual.device)}
+    return {
+        **kwargs,
+        "mid_block_additional_residual": torch.zeros((), dtype=residual.dtype, device=residual.device),
+    }

@@ -103,7 +103,7 @@ class SamplerGains:
         rows = slice(None, None, self.share)
         kwargs = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(call.x) else v for k, v in call.kwargs.items()}
         if step > 0 and self._previous is not None:
-            reused = self.context.adapter.cached(call.x[rows], call.timestep, None, self._previous, **kwargs)
+            reused = self.context.adapter.cached(call.x[rows], call.timestep, None, self._previous, None, **kwargs)
             change = (feature[rows] - self._previous).double().square().sum()
             self._gain[step] += float((reused - output[rows]).double().square().sum() / change.clamp(min=1e-30))
             self._passes[step] += 1
@@ -156,7 +156,16 @@ def held_out_error(context: Context, schedule: Schedule, share: int = 4) -> floa
     small = replace(context, config=_with_samples(context, count))
     maps = solve_maps(gather_moments(small, schedule), context.config.correction.ridge)
     seeds = context.seeds(HELD_OUT, count)
-    exact = torch.cat(list(small.run(lambda c: small.adapter.full(c.x, c.timestep, **c.kwargs)[0], _every(small), seeds, "1 held out")))
+    exact = torch.cat(
+        list(
+            small.run(
+                lambda c: small.adapter.full(c.x, c.timestep, **c.kwargs)[0],
+                _every(small),
+                seeds,
+                "1 held out",
+            )
+        )
+    )
     cache = FeatureCache(schedule, keep=2)
     step = accelerated_step(small.adapter, cache, Correction(maps))
     made = torch.cat(list(small.run(step, cache, seeds, "1 held out")))

@@ -72,7 +72,12 @@ class Context:
         return list(range(first, first + (count or self.config.calibration.samples)))
 
     def run(
-        self, step: StepFunction, cache: FeatureCache, seeds: list[int], label: str, batch_size: int | None = None,
+        self,
+        step: StepFunction,
+        cache: FeatureCache,
+        seeds: list[int],
+        label: str,
+        batch_size: int | None = None,
         before: Callable[[], None] | None = None,
     ) -> Iterator[Tensor]:
         """Drive the pipeline's own loop through `step`, batch by batch, with a progress bar: images [B, C, H, W].

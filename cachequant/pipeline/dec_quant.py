@@ -82,13 +82,17 @@ def gather_products(
     return {name: dict(sorted(handle.layers[name].moments.items())) for name in names}
 
 
-def _teacher_forced(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:
+def _teacher_forced(
+    context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork
+) -> Correction:
     """Solve the paper's regressions, layer by layer and step by step."""
     sums, ridge = gather_products(context, cache, correction, handle), context.config.correction.ridge
     return Correction(correction.cache, {name: solve_maps(moments, ridge) for name, moments in sums.items()})
 
 
-def _free_running(context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork) -> Correction:
+def _free_running(
+    context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork
+) -> Correction:
     """Sequential local fits along the accelerated model's own trajectory."""
     adapter, settings, names = context.adapter, context.config.correction, corrected_layers(context, handle)
     maps: dict[int, AffineMap] = {}

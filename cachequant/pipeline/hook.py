@@ -52,8 +52,13 @@ class DenoiserHook:
     """
 
     def __init__(
-        self, pipe: Any, adapter: Adapter, cache: FeatureCache, step: StepFunction,
-        expected: tuple[int, ...] | None = None, check: Callable[[Call], None] | None = None,
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        cache: FeatureCache,
+        step: StepFunction,
+        expected: tuple[int, ...] | None = None,
+        check: Callable[[Call], None] | None = None,
     ) -> None:
         self.pipe, self.adapter, self.cache, self.step = pipe, adapter, cache, step
         self.expected, self.check = expected, check

@@ -26,7 +26,7 @@ def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
     ends, time, splits = adapter.end_names(), adapter.time_names(), adapter.splits()
     plans = {}
     for name, module in adapter.denoiser.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or name in time and not config.time_embedding:
+        if not isinstance(module, nn.Conv2d | nn.Linear) or (name in time and not config.time_embedding):
             continue
         if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or module.groups != 1):
             continue
@@ -67,7 +67,11 @@ def calibrate_quantisers(
     cache = FeatureCache(schedule, keep=2 if config.correction.forecast else 1)
     state = fresh_state(adapter.denoiser, layer_plans(adapter, config.quant), config.quant.weight_search)
     handle = install(
-        adapter.denoiser, state, cache, config.quant.activation_search, attention_bits=config.quant.attention_bits
+        adapter.denoiser,
+        state,
+        cache,
+        config.quant.activation_search,
+        attention_bits=config.quant.attention_bits,
     )
     adapter.rebuild()
     handle.set_mode(Mode.OBSERVE)
@@ -93,7 +97,7 @@ def _observe(adapter: Adapter, cache: FeatureCache, correction: Correction, rows
     affine = correction.cache.get(cache.step)
     reused = cache.reuse(None if affine is None else _on(affine, rows.x))
     subset = torch.linspace(0, len(reused) - 1, len(rows.x)).round().long().to(reused.device)
-    adapter.cached(rows.x, rows.timestep, None, reused[subset], **rows.kwargs)
+    adapter.cached(rows.x, rows.timestep, None, reused[subset], None, **rows.kwargs)
 
 
 def _on(affine: AffineMap, x: Tensor) -> AffineMap:

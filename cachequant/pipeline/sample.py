@@ -53,7 +53,8 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     cache = FeatureCache(schedule, keep=2 if correction.uses_forecast else 1)
     handle = install(adapter.denoiser, plan.quant, cache, correction=correction) if plan and plan.quant else None
     adapter.rebuild()
-    inner, path = accelerated_step(adapter, cache, correction), []
+    inner = accelerated_step(adapter, cache, correction)
+    path: list[Tensor] = []
 
     def step(call: Call) -> Tensor:
         if record and len(path) < context.num_steps:

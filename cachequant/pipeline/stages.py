@@ -147,7 +147,11 @@ class Stages:
 
     def plan(self) -> tuple[Plan, str]:
         """Stage 5: the corrections of the quantised layers, and with them the finished plan."""
-        (schedule, _), (correction, _), (state, parent) = self.schedule(), self.cache_correction(), self.quant()
+        (schedule, _), (correction, _), (state, parent) = (
+            self.schedule(),
+            self.cache_correction(),
+            self.quant(),
+        )
         calibration, first = self.calibration()
         config = self.context.config
         inputs = {"parent": parent, "correction": asdict(config.correction), "config": config_to_dict(config)}
@@ -177,7 +181,12 @@ class Stages:
         seeds = list(range(sample.seed, sample.seed + sample.count))
         inputs = {"parent": parent, "sample": asdict(sample)}
         return self.store.obtain(
-            6, "sample", inputs, lambda: draw(self.context, plan, seeds, "6 sample"), _save_samples, _load_samples
+            6,
+            "sample",
+            inputs,
+            lambda: draw(self.context, plan, seeds, "6 sample"),
+            _save_samples,
+            _load_samples,
         )
 
 
@@ -219,7 +228,10 @@ def _save_samples(folder: Path, value: Samples) -> None:
     from cachequant.evaluation.grid import image_grid
 
     save_tensors(folder / "images.safetensors", {"images": value.images})
-    save_json(folder / "seconds.json", {"seconds": value.seconds, "images_sha256": file_hash(folder / "images.safetensors")})
+    save_json(
+        folder / "seconds.json",
+        {"seconds": value.seconds, "images_sha256": file_hash(folder / "images.safetensors")},
+    )
     image_grid({"samples": value.images[:16]}).save(folder / "grid.png")
 
 

@@ -34,8 +34,13 @@ class StageStore:
     _held: dict[str, Any] = field(default_factory=dict)
 
     def obtain(
-        self, number: int, name: str, inputs: dict[str, Any], compute: Callable[[], Value],
-        save: Callable[[Path, Value], None], load: Callable[[Path], Value],
+        self,
+        number: int,
+        name: str,
+        inputs: dict[str, Any],
+        compute: Callable[[], Value],
+        save: Callable[[Path, Value], None],
+        load: Callable[[Path], Value],
     ) -> tuple[Value, str]:
         """The stage's output and its key: loaded where it is current, else computed and filed.
 
@@ -55,7 +60,12 @@ class StageStore:
         return self._held[key], key
 
     def _obtain(
-        self, number: int, name: str, key: str, compute: Callable[[], Value], save: Callable[[Path, Value], None],
+        self,
+        number: int,
+        name: str,
+        key: str,
+        compute: Callable[[], Value],
+        save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
     ) -> Value:
         """Load a current output, or compute and file it."""

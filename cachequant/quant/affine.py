@@ -33,7 +33,7 @@ def grid_from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     levels = 2**bits - 1
     scale = (high - low) / levels
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
     return scale, (-low / scale).round().clamp(0, levels)
 
 
@@ -78,8 +78,12 @@ def search_grid(x: Tensor, bits: int, method: str = "mse", power: float = 2.4) -
     ratios = torch.tensor(SHRINK_RATIOS, dtype=x.dtype, device=x.device)
     scales, zeros = grid_from_range(low[:, None] * ratios, high[:, None] * ratios, bits)  # [R, 40]
     rows = max(1, CHUNK // (len(SHRINK_RATIOS) * x.shape[1]))
-    chunks = zip(x.split(rows), scales.split(rows), zeros.split(rows), strict=True)
-    best = torch.cat([_first_best(_scores(part, s, z, bits, power)) for part, s, z in chunks])  # [R]
+    best = torch.cat(
+        [
+            _first_best(_scores(x[i : i + rows], scales[i : i + rows], zeros[i : i + rows], bits, power))
+            for i in range(0, len(x), rows)
+        ]
+    )  # [R]
     return scales.gather(1, best[:, None])[:, 0], zeros.gather(1, best[:, None])[:, 0]
 
 

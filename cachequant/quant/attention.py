@@ -36,8 +36,13 @@ class QuantAttention:
         }
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, temb: Tensor | None = None, **kwargs: Any,
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """diffusers' processor contract: [B, C, H, W] or [B, n, C] in, the same shape out."""
         if self.mode in (Mode.FLOAT, Mode.RECORD, Mode.PAIR):

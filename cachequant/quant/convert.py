@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.quant.attention import OPERANDS, QuantAttention
-from cachequant.quant.layers import Mode, QuantLayer, quantize_weight
+from cachequant.quant.layers import Layer, Mode, QuantLayer, quantize_weight
 from cachequant.types import ActivationTable, Correction, LayerQuant, QuantState
 
 
@@ -38,22 +38,24 @@ class QuantizedNetwork:
             for name in names:
                 self.layers[name].mode = mode
             return
-        for module in (*self.layers.values(), *self.attentions.values()):
+        for module in self._modules():
             module.mode = mode
 
     def finish_step(self, step: int) -> None:
         """Turn what was observed into the row of `step`."""
         for layer in self.layers.values():
-            for quantizer in layer.quantizers:
-                quantizer.finish_step(step)
+            layer.finish_step(step)
         for attention in self.attentions.values():
             for quantizer in attention.quantizers.values():
                 quantizer.finish_step(step)
 
     def set_clock(self, clock: FeatureCache) -> None:
         """Make every layer read its step from another cache."""
-        for module in (*self.layers.values(), *self.attentions.values()):
+        for module in self._modules():
             module.clock = clock
+
+    def _modules(self) -> list[QuantLayer | QuantAttention]:
+        return [*self.layers.values(), *self.attentions.values()]
 
     @property
     def state(self) -> QuantState:
@@ -79,8 +81,7 @@ def fresh_state(network: nn.Module, plans: dict[str, LayerPlan], weight_search: 
     """Integer weights of every planned layer, with input tables still empty."""
     layers = {}
     for name, plan in plans.items():
-        weight = network.get_submodule(name).weight
-        assert isinstance(weight, torch.Tensor)
+        weight = cast(Layer, network.get_submodule(name)).weight
         widths = (plan.split, weight.shape[1] - plan.split) if plan.split else (weight.shape[1],)
         grids = tuple(quantize_weight(w, plan.weight_bits, weight_search) for w in weight.split(widths, dim=1))
         layers[name] = LayerQuant(grids, tuple(empty_table(plan.activation_bits) for _ in widths), widths)
@@ -93,8 +94,12 @@ def empty_table(bits: int) -> ActivationTable:
 
 
 def install(
-    network: nn.Module, state: QuantState, clock: FeatureCache, search: str = "mse",
-    correction: Correction | None = None, attention_bits: int | None = None,
+    network: nn.Module,
+    state: QuantState,
+    clock: FeatureCache,
+    search: str = "mse",
+    correction: Correction | None = None,
+    attention_bits: int | None = None,
 ) -> QuantizedNetwork:
     """Replace the layers of `state` in `network` by quantised ones.
 

@@ -57,15 +57,17 @@ class QuantLayer(nn.Module):
     """
 
     def __init__(
-        self, source: Layer, state: LayerQuant, clock: FeatureCache,
-        corrections: dict[int, AffineMap] | None = None, search: str = "mse",
+        self,
+        source: Layer,
+        state: LayerQuant,
+        clock: FeatureCache,
+        corrections: dict[int, AffineMap] | None = None,
+        search: str = "mse",
     ) -> None:
         super().__init__()
         self.clock, self.mode = clock, Mode.QUANTIZED
         self.geometry, self.widths, self.weights = Geometry.of(source), state.widths, state.weights
-        self.quantizers = [
-            StepQuantizer(t.bits, search, t if len(t.steps) else None) for t in state.inputs
-        ]
+        self.quantizers = [StepQuantizer(t.bits, search, t if len(t.steps) else None) for t in state.inputs]
         self.corrections: dict[int, AffineMap] = dict(corrections or {})
         self.moments: dict[int, Moments] = {}
         self.ridge = 0.0
@@ -73,6 +75,7 @@ class QuantLayer(nn.Module):
         self._target: Tensor | None = None
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
         device = source.weight.device
+        self.bias: Tensor | None
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):
             centred = grid.values.to(device).float() - _column(grid.zero_point.to(device), grid.values.dim())
@@ -98,6 +101,12 @@ class QuantLayer(nn.Module):
     def set_corrections(self, corrections: dict[int, AffineMap]) -> None:
         """Replace all maps; the epilogues are folded again."""
         self.corrections = dict(corrections)
+        self._epilogues.clear()
+
+    def finish_step(self, step: int) -> None:
+        """Turn what was observed into the row of `step`."""
+        for quantizer in self.quantizers:
+            quantizer.finish_step(step)
         self._epilogues.clear()
 
     def _segments(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -146,9 +155,11 @@ class QuantLayer(nn.Module):
 
     def _pair(self, x: Tensor) -> Tensor:
         """Paper equation 11's statistics: both sides see the same input, the bias is in neither."""
-        head = self._segments(x)[0]
-        exact = product(head, self.source.weight[:, : self.widths[0]], self.geometry)
-        integers = product(self.quantizers[0].integers(head, self.clock.step)[0], self.get_buffer("weight_0"), self.geometry)
+        head = self._segments(x.float())[0]
+        exact = product(head, self.source.weight[:, : self.widths[0]].float(), self.geometry)
+        integers = product(
+            self.quantizers[0].integers(head, self.clock.step)[0], self.get_buffer("weight_0"), self.geometry
+        )
         rounded = epilogue(integers, self._product_scale(0), None, self.geometry.channel_dim)
         dim = self.geometry.channel_dim % x.dim()
         self.moments.setdefault(self.clock.step, Moments()).update((rounded,), exact, dim)

@@ -7,6 +7,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
+from cachequant.errors import UserError
 from cachequant.kernels.reference import centred_integers
 from cachequant.quant.affine import search_grid
 from cachequant.types import ActivationTable
@@ -54,6 +55,8 @@ class StepQuantizer:
 
         Only a forced refresh (an image-to-image run that starts inside a group) reads a row that is not its own.
         """
+        if not self._rows:
+            raise UserError("a quantiser has no calibrated step: run stage 4 before sampling")
         row = self._rows.get(step)
         return row if row is not None else self._rows[self._steps[max(bisect_right(self._steps, step) - 1, 0)]]
 

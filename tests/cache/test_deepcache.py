@@ -270,9 +270,7 @@ def test_the_captured_feature_is_the_h_half_of_the_consumers_input(case: Case) -
     for branch in branches(case.network):
         cut = UNetAdapter(case.network, branch)
         caught: list[Tensor] = []
-        handle = cut.site.consumer.register_forward_pre_hook(
-            lambda _, inputs, caught=caught: caught.append(inputs[0])
-        )
+        handle = cut.site.consumer.register_forward_pre_hook(lambda _, inputs, caught=caught: caught.append(inputs[0]))
         _, feature = cut.full(case.x, TIMESTEP, case.cond)
         handle.remove()
         assert torch.equal(feature, caught[0][:, : cut.width])

@@ -38,9 +38,7 @@ def cases(folder: Path, kind: str) -> list[tuple[dict[str, Any], dict[str, Tenso
     case = json.loads((folder / "method_eval" / "case.json").read_text())
     tensors = load_file(folder / "method_eval" / "case.safetensors")
     chosen = [c for c in case["cases"] if c["kind"] == kind]
-    return [
-        (c, {k.removeprefix(c["id"]): v for k, v in tensors.items() if k.startswith(c["id"])}) for c in chosen
-    ]
+    return [(c, {k.removeprefix(c["id"]): v for k, v in tensors.items() if k.startswith(c["id"])}) for c in chosen]
 
 
 @given(size=st.integers(2, 60), batch_size=st.integers(1, 61), seed=st.integers(0, 99))

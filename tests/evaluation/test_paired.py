@@ -33,9 +33,7 @@ def ssim_by_loops(a: np.ndarray, b: np.ndarray, data_range: float) -> float:
     return float(np.mean(scores))
 
 
-@pytest.mark.parametrize(
-    ("error", "data_range", "decibel"), [(0.2, 2.0, 20.0), (0.1, 1.0, 20.0), (2.0, 2.0, 0.0)]
-)
+@pytest.mark.parametrize(("error", "data_range", "decibel"), [(0.2, 2.0, 20.0), (0.1, 1.0, 20.0), (2.0, 2.0, 0.0)])
 def test_psnr_of_a_constant_error(images: Tensor, error: float, data_range: float, decibel: float) -> None:
     x = images.double()
     torch.testing.assert_close(psnr(x, x + error, data_range), torch.full((3,), decibel, dtype=torch.float64))
@@ -50,9 +48,7 @@ def test_psnr_judges_each_image_by_itself(images: Tensor) -> None:
 
 
 def test_ssim_is_the_papers(images: Tensor) -> None:
-    other = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(
-        -1, 1
-    )
+    other = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
     a, b = images.double().numpy(), other.double().numpy()
     planes = [[ssim_by_loops(a[i, c], b[i, c], 2.0) for c in range(2)] for i in range(3)]
     expected = np.mean(planes, axis=1)  # [B]

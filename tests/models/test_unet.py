@@ -59,7 +59,12 @@ def test_controlnet_residual_of_the_mid_block_is_not_added_twice() -> None:
     network = tiny_conditional()
     shaped = adapter(network, 0)
     x, cond = torch.randn(1, 2, 8, 8), torch.randn(1, 3, 6)
-    skips = [torch.randn(1, 8, 8, 8), torch.randn(1, 8, 8, 8), torch.randn(1, 8, 4, 4), torch.randn(1, 16, 4, 4)]
+    skips = [
+        torch.randn(1, 8, 8, 8),
+        torch.randn(1, 8, 8, 8),
+        torch.randn(1, 8, 4, 4),
+        torch.randn(1, 16, 4, 4),
+    ]
     residuals = {
         "down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": torch.randn(1, 16, 4, 4)
     }  # fmt: skip

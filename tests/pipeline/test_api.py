@@ -139,7 +139,7 @@ def test_another_step_count_is_refused_and_the_plan_still_works(
 ) -> None:
     cq.enable(pipe, plain_plan(pipe, configure("quant.enabled=false")))
     accelerated = images()
-    with pytest.raises(cq.UserError, match="20 evaluations .* the plan expects 6"):
+    with pytest.raises(cq.UserError, match=r"20 evaluations .* the plan expects 6"):
         images(steps=20)
     assert torch.equal(images(), accelerated)
 

@@ -44,16 +44,12 @@ def row(kind: str, seed: int, unit: float = 1.0, size: int = 200) -> Tensor:
 
 def score(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, power: float = 2.4) -> Tensor:
     """[R] mean |x - x_q|^power in float64."""
-    error = (
-        fake_quantize(x.double(), scale.double()[:, None], zero_point.double()[:, None], bits) - x.double()
-    )
+    error = fake_quantize(x.double(), scale.double()[:, None], zero_point.double()[:, None], bits) - x.double()
     return error.abs().pow(power).mean(1)
 
 
 @settings(deadline=None, max_examples=80)
-@given(
-    st.sampled_from(KINDS), st.sampled_from(SEARCHES), SEEDS, BITS, st.sampled_from([1e-6, 1e-2, 1.0, 1e6])
-)
+@given(st.sampled_from(KINDS), st.sampled_from(SEARCHES), SEEDS, BITS, st.sampled_from([1e-6, 1e-2, 1.0, 1e6]))
 def test_every_grid_holds_zero_and_has_integer_parameters(
     kind: str, search: str, seed: int, bits: int, unit: float
 ) -> None:
@@ -134,9 +130,7 @@ def test_a_constant_row_is_kept(search: str, value: float) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(KINDS), SEEDS, BITS, st.sampled_from([1.0, 2.0, 2.4]))
-def test_the_search_never_scores_worse_than_the_whole_range(
-    kind: str, seed: int, bits: int, power: float
-) -> None:
+def test_the_search_never_scores_worse_than_the_whole_range(kind: str, seed: int, bits: int, power: float) -> None:
     x = row(kind, seed)
     whole = score(x, *search_grid(x, bits, "minmax"), bits, power)
     found = score(x, *search_grid(x, bits, "mse", power), bits, power)
@@ -147,9 +141,7 @@ def test_the_search_never_scores_worse_than_the_whole_range(
 @given(SEEDS, st.sampled_from([2, 3, 4]))
 def test_the_search_finds_the_best_of_its_candidates(seed: int, bits: int) -> None:
     x = row("heavy tail", seed)
-    best = min(
-        float(score(x, *grid_from_range(x.amin(1) * r, x.amax(1) * r, bits), bits)) for r in SHRINK_RATIOS
-    )
+    best = min(float(score(x, *grid_from_range(x.amin(1) * r, x.amax(1) * r, bits), bits)) for r in SHRINK_RATIOS)
     assert float(score(x, *search_grid(x, bits), bits)) == pytest.approx(best, rel=1e-4)
 
 
@@ -189,9 +181,7 @@ def test_rows_are_searched_independently(search: str, seed: int, bits: int) -> N
 
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from(SEARCHES), SEEDS, BITS, st.sampled_from([0.25, 4.0, 1024.0]))
-def test_scale_follows_the_unit_and_the_zero_point_does_not(
-    search: str, seed: int, bits: int, unit: float
-) -> None:
+def test_scale_follows_the_unit_and_the_zero_point_does_not(search: str, seed: int, bits: int, unit: float) -> None:
     x = row("two-sided", seed)
     plain, changed = search_grid(x, bits, search), search_grid(x * unit, bits, search)
     if search == "mse":  # powers are rounded, so equal candidates may swap: compare what they achieve
