@@ -107,8 +107,8 @@ def stages_of(
 
 def _run(args: argparse.Namespace) -> None:
     stages = stages_of(args.config, args.set, args.device, args.out)
-    (plan, plan_key), (samples, images_key) = stages.plan(), stages.samples()
-    folder, images = stages.plan_folder(plan_key), stages.store.root / f"6_sample-{images_key[:12]}"
+    (plan, _), (samples, images_key) = stages.plan(), stages.samples()
+    folder, images = stages.save_plan(), stages.store.root / f"6_sample-{images_key[:12]}"
     print(f"{plan.summary()}\nplan         {folder}\nimages       {images}/grid.png, {samples.seconds:.1f} s")
     steps = list(plan.schedule.refresh_steps)
     _report_json(args, {"plan": str(folder), "images": str(images), "refresh_steps": steps, "seconds": samples.seconds})
@@ -190,5 +190,7 @@ def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
         stages = stages_of(args.config, args.set, args.device, args.out, number)
         _, key = stages.run(number)
         print(f"stage {number} ({name}) is done: {stages.store.root}, {key[:12]}")
+        if number == 5:
+            print(f"plan: {stages.save_plan()}")
 
     return guarded(action)

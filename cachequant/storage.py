@@ -158,16 +158,29 @@ def unpack_correction(flat: dict[str, Tensor]) -> Correction:
 
 def pack_quant(state: QuantState) -> dict[str, Tensor]:
     """A quantisation state as named tensors; scalars (bits, widths) travel as small int32 tensors."""
+    return {**pack_weights(state), **pack_tables(state)}
+
+
+def pack_weights(state: QuantState) -> dict[str, Tensor]:
+    """The part of a quantisation state that depends on the weights alone."""
     flat: dict[str, Tensor] = {}
     for name, layer in state.layers.items():
         flat[f"layers.{name}.widths"] = torch.tensor(layer.widths, dtype=torch.int32)
-        for i, (grid, table) in enumerate(zip(layer.weights, layer.inputs, strict=True)):
+        for i, grid in enumerate(layer.weights):
             prefix = f"layers.{name}.{i}"
-            flat |= _pack_table(f"{prefix}.input", table)
             flat[f"{prefix}.weight"] = grid.values
             flat[f"{prefix}.weight_scale"] = grid.scale
             flat[f"{prefix}.weight_zero_point"] = grid.zero_point.to(torch.uint8)
             flat[f"{prefix}.weight_bits"] = torch.tensor(grid.bits, dtype=torch.int32)
+    return flat
+
+
+def pack_tables(state: QuantState) -> dict[str, Tensor]:
+    """The part of a quantisation state that was calibrated: activation and operand tables."""
+    flat: dict[str, Tensor] = {}
+    for name, layer in state.layers.items():
+        for i, table in enumerate(layer.inputs):
+            flat |= _pack_table(f"layers.{name}.{i}.input", table)
     for name, table in state.operands.items():
         flat |= _pack_table(f"operands.{name}", table)
     return flat

@@ -1,4 +1,4 @@
-"""Stage 5 of 6: DEC for quantisation on the scales that will be used; its output is the finished plan.
+"""Stage 5 of 6: DEC for quantisation on the scales that will be used; with it the plan is complete.
 
 python scripts/5_fit_dec_quant.py configs/fashion.yaml [--set KEY=VALUE]
 """

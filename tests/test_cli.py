@@ -91,7 +91,7 @@ def test_numbered_scripts_run_in_order_and_share_their_outputs(tmp_path: Path) -
     assert stage_main(2, [CONFIG, *SET, "--out", str(tmp_path)]) == 2
     for number in range(1, 7):
         assert stage_main(number, [CONFIG, *SET, "--set", "method=paper", "--out", str(tmp_path)]) == 0
-    assert {p.name[0] for p in tmp_path.iterdir()} == set("123456")
+    assert {p.name[0] for p in tmp_path.iterdir()} == set("123456p")
 
 
 def test_each_numbered_script_is_its_stage() -> None:

@@ -93,7 +93,7 @@ class Context:
         size = batch_size or self.config.calibration.batch_size
         self.pipe.set_progress_bar_config(disable=True)
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-        with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, delay=1.0) as bar:
+        with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, disable=None) as bar:
 
             def counted(call: Any) -> Tensor:
                 bar.update()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def run_demo(folder: Path, device: str = "auto", overrides: list[str] | None = N
         context = Context.of(pipe, config)
         _say(f"— {name}: {EXPLANATIONS[name]}")
         plan, costs = (None, None) if name == "full" else _plan(context, folder)
-        samples = _timed(context, plan, seeds, name)
+        samples = draw(context, plan, seeds, name, record=True)
         reference = outcomes["full"].samples if outcomes else samples
         row = _measure(name, context, plan, samples, reference, network)
         outcomes[name] = Outcome(row, samples, plan, costs)
@@ -89,18 +89,14 @@ def _say(line: str) -> None:
 
 
 def _plan(context: Context, folder: Path) -> tuple[Plan, Tensor]:
-    """Stages 1 to 5 of one method, and the distance of each step's feature to the step before [T]."""
+    """Stages 1 to 5 of one method (ours is saved), and the distance of each step's feature to the step before [T]."""
     stages = Stages.at(context, folder / "stages")
     calibration, _ = stages.calibration()
     neighbour = calibration.band[:, 1] if calibration.band.shape[1] > 1 else calibration.band[:, 0]
-    return stages.plan()[0], neighbour
-
-
-def _timed(context: Context, plan: Plan | None, seeds: list[int], name: str) -> Samples:
-    """Sample twice: once untimed while x_t is recorded, once for the clock, so that recording costs the row nothing."""
-    recorded = draw(context, plan, seeds, f"{name} (recorded)", record=True)
-    timed = draw(context, plan, seeds, f"{name} (timed)")
-    return replace(recorded, seconds=timed.seconds)
+    plan, _ = stages.plan()
+    if context.config.method == "best":
+        plan.save(folder / "plan")
+    return plan, neighbour
 
 
 def _measure(

@@ -38,6 +38,12 @@ def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
     return plans
 
 
+def quantise_weights(context: Context) -> QuantState:
+    """Integer weights of every planned layer, with activation tables still empty."""
+    config = context.config.quant
+    return fresh_state(context.adapter.denoiser, layer_plans(context.adapter, config), config.weight_search)
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Device copies of the kept inputs of one step, cut to the number this kind of step uses."""
@@ -55,17 +61,22 @@ class _Rows:
 
 @torch.no_grad()
 def calibrate_quantisers(
-    context: Context, calibration: Calibration, schedule: Schedule, correction: Correction
+    context: Context,
+    calibration: Calibration,
+    schedule: Schedule,
+    correction: Correction,
+    weights: QuantState | None = None,
 ) -> QuantState:
     """Run the cached, corrected network on the calibration inputs step by step and search every grid once.
 
     Differs from the released code: the values of all mini-batches of a step are searched together instead of averaging
-    their scales exponentially, and layers that a cached step does not reach have no row there.
+    their scales exponentially, and layers that a cached step does not reach have no row there. `weights` are those of
+    `quantise_weights`, made here if absent.
     """
     adapter, config = context.adapter, context.config
     device = next(adapter.denoiser.parameters()).device
     cache = FeatureCache(schedule, keep=2 if config.correction.forecast else 1)
-    state = fresh_state(adapter.denoiser, layer_plans(adapter, config.quant), config.quant.weight_search)
+    state = weights or quantise_weights(context)
     handle = install(
         adapter.denoiser,
         state,
@@ -77,7 +88,7 @@ def calibrate_quantisers(
     handle.set_mode(Mode.OBSERVE)
     sizes = (config.calibration.refresh_inputs, config.calibration.cached_inputs)
     try:
-        for step in tqdm(range(context.num_steps), desc="4 quant params", unit="step", leave=False, delay=1.0):
+        for step in tqdm(range(context.num_steps), desc="4 quant params", unit="step", leave=False, disable=None):
             rows = _Rows.of(calibration.inputs[step], sizes[0] if schedule.is_refresh(step) else sizes[1], device)
             _observe(adapter, cache, correction, rows)
             handle.finish_step(step)

@@ -78,5 +78,5 @@ def draw_enabled(pipe: Any, config: RunConfig) -> Samples:
     settings, start = config.sample, time.perf_counter()
     seeds = list(range(settings.seed, settings.seed + settings.count))
     batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
-    images = torch.cat([generator(batch) for batch in tqdm(batches, desc="sample", unit="batch", delay=1.0)])
+    images = torch.cat([generator(batch) for batch in tqdm(batches, desc="sample", unit="batch", disable=None)])
     return Samples(images, None, time.perf_counter() - start)

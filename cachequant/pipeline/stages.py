@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from cachequant import __version__
-from cachequant.config import config_to_dict
 from cachequant.correction import Moments
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
-from cachequant.pipeline.quant_params import calibrate_quantisers
+from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
 from cachequant.pipeline.sample import Samples, draw
 from cachequant.pipeline.store import StageStore
 from cachequant.plan import Plan
@@ -26,6 +25,7 @@ from cachequant.storage import (
     load_tensors,
     pack_correction,
     pack_quant,
+    pack_tables,
     save_json,
     save_tensors,
     unpack_correction,
@@ -58,9 +58,8 @@ class Stages:
 
     def run(self, number: int) -> Any:
         """Output of stage `number`, 1 to 6."""
-        return (
-            self.schedule, self.moments, self.cache_correction, self.quant, self.plan, self.samples
-        )[number - 1]()  # fmt: skip
+        stages = (self.schedule, self.moments, self.cache_correction, self.quant, self.correction, self.samples)
+        return stages[number - 1]()
 
     def calibration(self) -> tuple[Calibration, str]:
         """Stage 1, first half: trajectories, distances, calibration inputs."""
@@ -119,60 +118,78 @@ class Stages:
         """Stage 3: a₁, b₁ and the forecast's factor."""
         moments, parent = self.moments()
         ridge = self.context.config.correction.ridge
-        return self.store.obtain(
-            3, "fit_dec_cache", {"parent": parent, "ridge": ridge}, lambda: Correction(solve_maps(moments, ridge)),
-            lambda folder, value: save_tensors(folder / "correction.safetensors", pack_correction(value)),
-            lambda folder: unpack_correction(load_tensors(folder / "correction.safetensors")),
-        )  # fmt: skip
+
+        def compute() -> Correction:
+            return Correction(solve_maps(moments, ridge))
+
+        inputs = {"parent": parent, "ridge": ridge}
+        return self.store.obtain(3, "fit_dec_cache", inputs, compute, _save_correction, _load_correction)
+
+    def weights(self) -> tuple[QuantState, str]:
+        """Stage 4, first half: integer weights, shared by every schedule and correction."""
+        inputs = {"weights": self.context.identity.weights, "quant": asdict(self.context.config.quant)}
+
+        def save(folder: Path, value: QuantState) -> None:
+            save_tensors(folder / "weights.safetensors", pack_quant(value))
+
+        def load(folder: Path) -> QuantState:
+            return unpack_quant(load_tensors(folder / "weights.safetensors"))
+
+        return self.store.obtain(4, "quant_weights", inputs, lambda: quantise_weights(self.context), save, load)
 
     def quant(self) -> tuple[QuantState | None, str]:
         """Stage 4: integer weights and activation tables; None where quantisation is off."""
-        calibration, _ = self.calibration()
-        (schedule, _), (correction, parent) = self.schedule(), self.cache_correction()
+        (calibration, _), (schedule, _) = self.calibration(), self.schedule()
+        correction, parent = self.cache_correction()
         settings = self.context.config.quant
+        if not settings.enabled:
+            return None, parent
+        weights, _ = self.weights()
+
+        def compute() -> QuantState:
+            return calibrate_quantisers(self.context, calibration, schedule, correction, weights)
+
+        def save(folder: Path, value: QuantState) -> None:
+            save_tensors(folder / "tables.safetensors", pack_tables(value))
+
+        def load(folder: Path) -> QuantState:
+            return unpack_quant({**pack_quant(weights), **load_tensors(folder / "tables.safetensors")})
+
         inputs = {"parent": parent, "quant": asdict(settings)}
-
-        def compute() -> QuantState | None:
-            if not settings.enabled:
-                return None
-            return calibrate_quantisers(self.context, calibration, schedule, correction)
-
-        def save(folder: Path, value: QuantState | None) -> None:
-            save_tensors(folder / "quant.safetensors", pack_quant(value) if value else {})
-
-        def load(folder: Path) -> QuantState | None:
-            return unpack_quant(load_tensors(folder / "quant.safetensors")) if settings.enabled else None
-
         return self.store.obtain(4, "quant_params", inputs, compute, save, load)
 
+    def correction(self) -> tuple[Correction, str]:
+        """Stage 5: the corrections of the quantised layers beside those of the cache."""
+        (schedule, _), (correction, _), (state, parent) = self.schedule(), self.cache_correction(), self.quant()
+
+        def compute() -> Correction:
+            return correction if state is None else fit_quantised(self.context, schedule, correction, state)
+
+        inputs = {"parent": parent, "correction": asdict(self.context.config.correction)}
+        return self.store.obtain(5, "fit_dec_quant", inputs, compute, _save_correction, _load_correction)
+
     def plan(self) -> tuple[Plan, str]:
-        """Stage 5: the corrections of the quantised layers, and with them the finished plan."""
-        (schedule, _), (correction, _), (state, parent) = (
-            self.schedule(),
-            self.cache_correction(),
-            self.quant(),
-        )
+        """Everything that stages 1 to 5 found, as one plan, and the key of its content."""
+        (schedule, _), (state, quant_key), (correction, key) = self.schedule(), self.quant(), self.correction()
         calibration, first = self.calibration()
-        config = self.context.config
-        inputs = {"parent": parent, "correction": asdict(config.correction), "config": config_to_dict(config)}
+        context, config = self.context, self.context.config
+        provenance = {
+            "cachequant": __version__,
+            "torch": torch.__version__.split("+")[0],
+            "seed": config.calibration.seed,
+            "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
+            "measured": calibration.measured,
+        }
+        identity, timesteps = context.identity, context.timesteps
+        return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
 
-        def compute() -> Plan:
-            fitted = correction if state is None else fit_quantised(self.context, schedule, correction, state)
-            provenance = {
-                "cachequant": __version__,
-                "torch": torch.__version__.split("+")[0],
-                "seed": config.calibration.seed,
-                "parents": {"calibrate": first, "quant_params": parent},
-                "measured": calibration.measured,
-            }
-            context = self.context
-            return Plan(config, context.identity, context.timesteps, schedule, fitted, state, provenance)
-
-        return self.store.obtain(5, "fit_dec_quant", inputs, compute, _save_plan, Plan.load)
-
-    def plan_folder(self, key: str) -> Path:
-        """Where stage 5 filed the plan of this key."""
-        return self.store.root / f"5_fit_dec_quant-{key[:12]}"
+    def save_plan(self) -> Path:
+        """Write the plan into the run folder, named by method, interval and bits: its folder."""
+        plan, key = self.plan()
+        quant, interval = plan.config.quant, plan.schedule.interval
+        bits = f"w{quant.weight_bits}a{quant.activation_bits}" if plan.quant else "float"
+        method = Path(plan.config.method).stem
+        return plan.save(self.store.root / f"plan-{method}-n{interval}-{bits}-{key[:8]}")
 
     def samples(self) -> tuple[Samples, str]:
         """Stage 6: images of the plan."""
@@ -190,8 +207,12 @@ class Stages:
         )
 
 
-def _save_plan(folder: Path, plan: Plan) -> None:
-    plan.save(folder)
+def _save_correction(folder: Path, value: Correction) -> None:
+    save_tensors(folder / "correction.safetensors", pack_correction(value))
+
+
+def _load_correction(folder: Path) -> Correction:
+    return unpack_correction(load_tensors(folder / "correction.safetensors"))
 
 
 def _save_calibration(folder: Path, value: Calibration) -> None:
