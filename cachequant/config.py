@@ -58,13 +58,17 @@ class ScheduleConfig:
 
 @dataclass
 class CorrectionConfig:
-    """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers."""
+    """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers.
+
+    `ridge`, `inflation`: of `cachequant.correction.Moments.solve`; the inflation is that of the cached feature's map.
+    """
 
     cache: bool = True
     forecast: bool = False
     layers: str = "consumers"
     trajectory: str = "full_precision"
     ridge: float = 0.0
+    inflation: float = 0.0
 
 
 @dataclass
@@ -132,6 +136,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "cache.interval": (1, 100_000),
     "cache.branch": (0, 1000),
     "correction.ridge": (0, 1e6),
+    "correction.inflation": (0, 100),
     "quant.weight_bits": (2, 8),
     "quant.activation_bits": (2, 8),
     "quant.ends_bits": (2, 8),

@@ -35,11 +35,17 @@ class Moments:
         gram = stacked @ stacked.transpose(1, 2)  # [C, F+2, F+2]
         self.gram = gram if self.gram is None else self.gram + gram
 
-    def solve(self, ridge: float = 0.0) -> AffineMap:
+    def solve(self, ridge: float = 0.0, inflation: float = 0.0) -> AffineMap:
         """Least squares y ≈ scale·x₁ (+ previous·x₂) + shift.
 
         With C the covariance of the features: (C + ridge·diag C) (θ - θ₀) = Cov(x, y) - C θ₀, shrunk towards θ₀ = (1, 0),
         no change. Where Var(x) is negligible the factor stays θ₀ and the shift becomes ȳ - x̄.
+
+        Args:
+            ridge: see above; 0 is plain least squares.
+            inflation: least squares predicts with less variance than the target has, σ_ŷ ≤ σ_y, and a sampler repeats that
+                loss at every step. θ is multiplied by 1 + inflation·(σ_y/σ_ŷ - 1): 0 is least squares, 1 restores the
+                target's variance. Ours, not in the paper.
 
         Raises:
             ValueError: nothing was added yet.
@@ -51,6 +57,8 @@ class Moments:
         second = self.gram[:, :-1, :-1] / count[:, None, None]  # [C, F+1, F+1]
         covariance = second - mean[:, :, None] * mean[:, None, :]  # [C, F+1, F+1]
         theta = _solve(covariance, second, ridge)  # [C, F]
+        if inflation:
+            theta = theta * (1.0 + inflation * (_deviation_ratio(covariance, theta) - 1.0))[:, None]
         shift = mean[:, -1] - (theta * mean[:, :-1]).sum(1)  # [C]
         previous = theta[:, 1].float() if theta.shape[1] == 2 else None
         return AffineMap(theta[:, 0].float(), shift.float(), previous)
@@ -99,6 +107,15 @@ def _solve(covariance: Tensor, second: Tensor, ridge: float) -> Tensor:
     inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)  # identical features share the weight
     solution: Tensor = inverse @ (unit * gap)[:, :, None]
     return prior + unit * solution[:, :, 0]
+
+
+def _deviation_ratio(covariance: Tensor, theta: Tensor) -> Tensor:
+    """σ_y / σ_ŷ per channel [C], at most 2, and 1 where the prediction is constant."""
+    predicted = torch.einsum("cf,cfg,cg->c", theta, covariance[:, :-1, :-1], theta)
+    target = covariance[:, -1, -1]
+    usable = (predicted > NEGLIGIBLE_VARIANCE * target) & (target > 0)
+    ratio = (target / torch.where(usable, predicted, torch.ones_like(predicted))).clamp(min=0.0).sqrt()
+    return torch.where(usable, ratio, torch.ones_like(ratio)).clamp(1.0, 2.0)
 
 
 def fit_affine(x: Tensor, y: Tensor, channel_dim: int = 1) -> AffineMap:

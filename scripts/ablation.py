@@ -15,6 +15,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,35 @@ class Judge:
         return frechet_distance(made.mean, made.covariance, ref.mean, ref.covariance)
 
 
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Distances and PSNR as "mean (seeds)" per row and interval, and the share of the naive damage that each row removes."""
+    full = {r["seed"]: r["distance"] for r in results if r["row"] == "full"}
+    intervals = sorted({r["interval"] for r in results if r["interval"] > 1})
+    head = " | ".join(f"N = {n}: distance | PSNR | removed" for n in intervals)
+    lines = [f"| W8A8 | {head} |", "| --- |" + " --- | --- | --- |" * len(intervals)]
+    lines.append(f"| full | {' | '.join(f'{_mean(full.values()):.2f} | – | –' for _ in intervals)} |")
+    for row in dict.fromkeys(r["row"] for r in results if r["interval"] > 1):
+        lines.append(f"| {row} | {' | '.join(_cells(results, full, row, n) for n in intervals)} |")
+    return "\n".join(lines)
+
+
+def _cells(results: list[dict[str, Any]], full: dict[int, float], row: str, interval: int) -> str:
+    """Distance, PSNR, share removed of one row; a seed counts where the naive row was measured with it too."""
+    measured = {(r["row"], r["seed"]): r for r in results if r["interval"] == interval}
+    seeds = [seed for name, seed in measured if name == row and ("naive", seed) in measured]
+    if not seeds:
+        return "– | – | –"
+    mine = [measured[row, seed] for seed in seeds]
+    damage = sum(measured["naive", seed]["distance"] - full[seed] for seed in seeds)
+    removed = 1 - sum(r["distance"] - full[r["seed"]] for r in mine) / damage
+    return f"{_mean(r['distance'] for r in mine):.2f} ({len(seeds)}) | {_mean(r['psnr'] for r in mine):.1f} | {removed:.0%}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
 def split_row(row: str, interval: int) -> tuple[str, list[str]]:
     """ "LABEL:METHOD,KEY=VALUE" -> label and overrides; a bare name is label and method."""
     label, _, rest = row.partition(":")
@@ -123,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         measure_seed(args, seed, pipe, judge, table)
+    print(markdown(table.record["results"]))
 
 
 def measure_seed(args: argparse.Namespace, seed: int, pipe: Any, judge: Judge, table: Table) -> None:

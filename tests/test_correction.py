@@ -482,3 +482,26 @@ class Split:
         weight = ((self._halves[half] / weight_scale).round() + weight_zero).clamp(0, levels) - weight_zero
         p = product(centred_integers(x, scale, zero, self._bits[1]), weight, self._geometry)
         return epilogue(p, weight_scale.flatten() * scale, None, 1)
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_inflation_one_restores_the_targets_variance_and_keeps_its_mean(features: int) -> None:
+    generator = torch.Generator().manual_seed(features)
+    xs = tuple(torch.randn(4, 3, 50, generator=generator, dtype=torch.float64) for _ in range(features))
+    target = sum(xs) + 0.5 * torch.randn(4, 3, 50, generator=generator, dtype=torch.float64) + 2.0
+    moments = Moments()
+    moments.update(xs, target)
+    for inflation in (0.0, 1.0, 2.0):
+        fitted = moments.solve(inflation=inflation).to("cpu", torch.float64)
+        made = fitted.apply(xs[0], xs[1] if features == 2 else None)
+        least = moments.solve().to("cpu", torch.float64).apply(xs[0], xs[1] if features == 2 else None)
+        variance, smallest = made.var(dim=(0, 2), correction=0), least.var(dim=(0, 2), correction=0)
+        factor = 1 + inflation * ((target.var(dim=(0, 2), correction=0) / smallest).sqrt() - 1)
+        assert torch.allclose(variance, smallest * factor.square(), rtol=1e-5)
+        assert torch.allclose(made.mean(dim=(0, 2)), target.mean(dim=(0, 2)), atol=1e-5)
+
+
+def test_inflation_leaves_a_constant_channel_alone() -> None:
+    moments = Moments()
+    moments.update((torch.ones(2, 1, 8),), torch.randn(2, 1, 8))
+    assert moments.solve(inflation=2.0).scale.item() == 1.0

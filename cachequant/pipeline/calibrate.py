@@ -154,7 +154,8 @@ def held_out_error(context: Context, schedule: Schedule, share: int = 4) -> floa
     """Mean squared error of final images, fitted on calibration noise and run on other noise (a quarter of the samples)."""
     count = max(2, context.config.calibration.samples // share)
     small = replace(context, config=_with_samples(context, count))
-    maps = solve_maps(gather_moments(small, schedule), context.config.correction.ridge)
+    settings = context.config.correction
+    maps = solve_maps(gather_moments(small, schedule), settings.ridge, settings.inflation)
     seeds = context.seeds(HELD_OUT, count)
     exact = torch.cat(
         list(

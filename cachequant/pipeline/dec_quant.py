@@ -112,7 +112,7 @@ def _free_running(
         if settings.cache:
             sums = Moments()
             sums.update(regressors(cache, settings.forecast), target)
-            maps[cache.step] = sums.solve(settings.ridge)
+            maps[cache.step] = sums.solve(settings.ridge, settings.inflation)
         return adapter.cached(call.x, call.timestep, None, cache.reuse(maps.get(cache.step)), **call.kwargs)
 
     seeds = context.seeds(FRESH)

@@ -41,7 +41,7 @@ def gather_moments(context: Context, schedule: Schedule) -> dict[int, Moments]:
         if not free:
             return output
         return context.adapter.cached(
-            call.x, call.timestep, None, cache.reuse(sums.solve(settings.ridge)), **call.kwargs
+            call.x, call.timestep, None, cache.reuse(sums.solve(settings.ridge, settings.inflation)), **call.kwargs
         )
 
     seeds = context.seeds(FRESH)

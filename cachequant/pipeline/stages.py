@@ -105,7 +105,7 @@ class Stages:
             "refresh_steps": list(schedule.refresh_steps),
             "forecast": settings.forecast,
             "trajectory": settings.trajectory,
-            "ridge": settings.ridge if free else None,
+            "solve": [settings.ridge, settings.inflation] if free else None,
         }
 
         def compute() -> dict[int, Moments]:
@@ -117,12 +117,12 @@ class Stages:
     def cache_correction(self) -> tuple[Correction, str]:
         """Stage 3: a₁, b₁ and the forecast's factor."""
         moments, parent = self.moments()
-        ridge = self.context.config.correction.ridge
+        settings = self.context.config.correction
 
         def compute() -> Correction:
-            return Correction(solve_maps(moments, ridge))
+            return Correction(solve_maps(moments, settings.ridge, settings.inflation))
 
-        inputs = {"parent": parent, "ridge": ridge}
+        inputs = {"parent": parent, "ridge": settings.ridge, "inflation": settings.inflation}
         return self.store.obtain(3, "fit_dec_cache", inputs, compute, _save_correction, _load_correction)
 
     def weights(self) -> tuple[QuantState, str]:

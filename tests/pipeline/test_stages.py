@@ -67,7 +67,7 @@ def test_moments_of_full_precision_trajectories_are_those_of_stored_features(pip
 
 def test_free_running_fit_zeroes_the_mean_error_on_its_own_trajectory(pipe: Any, configure: Configure) -> None:
     """The target of step t is the full-precision feature at the accelerated model's own x_t."""
-    context = Context.of(pipe, configure("quant.enabled=false", "correction.ridge=0"))
+    context = Context.of(pipe, configure("quant.enabled=false", "correction.ridge=0", "correction.inflation=0"))
     schedule = uniform_schedule(context.num_steps, 2)
     moments = gather_moments(context, schedule)
     maps = {step: sums.solve() for step, sums in moments.items()}
