@@ -180,7 +180,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}; expected the types in cachequant/config.py") from None
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{path}: {key}{_first_line(error)}; expected the types in cachequant/config.py") from None
     assert isinstance(resolved, RunConfig)
     validate(resolved)
     return resolved

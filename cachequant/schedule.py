@@ -31,10 +31,13 @@ def num_groups(num_steps: int, interval: int) -> int:
     return math.ceil(num_steps / interval)
 
 
-def uniform_schedule(num_steps: int, interval: int) -> Schedule:
-    """Every N-th step is a refresh: DeepCache's uniform schedule."""
+def uniform_schedule(num_steps: int, interval: int, groups: int | None = None) -> Schedule:
+    """Every N-th step is a refresh: DeepCache's uniform schedule.
+
+    `groups` keeps that many; the last one then takes what is left (50 PLMS steps are 51 evaluations in 50 / N groups).
+    """
     num_groups(num_steps, interval)
-    return Schedule(tuple(range(0, num_steps, interval)), num_steps, interval)
+    return Schedule(tuple(range(0, num_steps, interval))[:groups], num_steps, interval)
 
 
 def power_schedule(num_steps: int, interval: int, center: float, power: float) -> Schedule:
@@ -223,8 +226,8 @@ def dps_schedule(band: DistanceBand, weights: Tensor | None = None, groups: int 
     costs = group_costs(band.values, weights)
     k = groups or num_groups(band.num_steps, interval)
     steps, cost = solve_schedule(costs, k, math.ceil(interval / 2), 2 * interval)
-    uniform = schedule_cost(costs, uniform_schedule(band.num_steps, interval))
-    return Schedule(steps, band.num_steps, interval, cost, uniform)
+    uniform = schedule_cost(costs, uniform_schedule(band.num_steps, interval, k))
+    return Schedule(steps, band.num_steps, interval, cost, uniform if math.isfinite(uniform) else None)
 
 
 def schedule_from_features(

@@ -88,37 +88,42 @@ class SamplerGains:
     A prediction error δε at step t moves x̄ = x/√ᾱ by (σ_t - σ_{t+1})·δε, σ = √(1/ᾱ - 1) (DDIM, Song et al. 2021,
     equation 13). For data of variance v the probability-flow path scales as √(σ² + v), so that move reaches the sample
     with the factor √(v / (σ_{t+1}² + v)). The feature enters through the measured gain ‖δε‖² / ‖δX‖² of reusing the
-    feature of one step before.
+    feature of one step before, on every `share`-th row at every `stride`-th step; it changes slowly.
     """
 
-    def __init__(self, context: Context, share: int = 4) -> None:
-        self.context, self.share = context, share
+    def __init__(self, context: Context, share: int = 4, stride: int = 5) -> None:
+        self.context, self.share, self.stride = context, share, stride
         self._gain = torch.zeros(context.num_steps, dtype=torch.float64)
         self._passes = torch.zeros(context.num_steps)
         self._variance: list[float] = []
         self._previous: Tensor | None = None
 
     def update(self, step: int, call: Call, output: Tensor, feature: Tensor) -> None:
-        """Measure the gain on every `share`-th row: one cached step on a fraction of the batch."""
+        """Measure the gain with one cached step on a fraction of the batch, where it is this step's turn."""
+        if step == self.context.num_steps - 1:
+            self._variance.append(float(call.x.float().var()))
+        if step % self.stride > 1:
+            return
         rows = slice(None, None, self.share)
         kwargs = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(call.x) else v for k, v in call.kwargs.items()}
-        if step > 0 and self._previous is not None:
+        if step % self.stride == 1 and self._previous is not None:
             reused = self.context.adapter.cached(call.x[rows], call.timestep, None, self._previous, None, **kwargs)
             change = (feature[rows] - self._previous).double().square().sum()
             self._gain[step] += float((reused - output[rows]).double().square().sum() / change.clamp(min=1e-30))
             self._passes[step] += 1
         self._previous = feature[rows].clone()
-        if step == self.context.num_steps - 1:
-            self._variance.append(float(call.x.float().var()))
 
     def weights(self) -> Tensor:
         """[T] float64; see the class."""
         sigma = sampler_sigmas(self.context)  # [T + 1]
         variance = sum(self._variance) / len(self._variance)
         move = (sigma[:-1] - sigma[1:]).square() * variance / (sigma[1:].square() + variance)
-        gain = self._gain / self._passes.clamp(min=1)
-        gain[0] = gain[1]
-        return move * gain
+        measured = self._passes > 0
+        if not measured.any():  # a single evaluation: there is nothing to reuse
+            return move
+        steps = torch.arange(len(measured))
+        nearest = (steps[:, None] - steps[measured]).abs().argmin(1)  # [T] index of the closest measured step
+        return move * (self._gain[measured] / self._passes[measured])[nearest]
 
 
 def sampler_sigmas(context: Context) -> Tensor:
@@ -141,7 +146,7 @@ def choose_schedule(context: Context, calibration: Calibration) -> Schedule:
     band.values = calibration.band
     groups = num_groups(config.sampler.steps, config.cache.interval)
     best = dps_schedule(band, calibration.weights, groups)
-    uniform = uniform_schedule(num_steps, config.cache.interval)
+    uniform = uniform_schedule(num_steps, config.cache.interval, groups)
     uniform = replace(uniform, cost=best.uniform_cost, uniform_cost=best.uniform_cost)
     if config.schedule.kind == "uniform" or best.refresh_steps == uniform.refresh_steps:
         return uniform

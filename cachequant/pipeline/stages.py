@@ -220,17 +220,22 @@ def _save_calibration(folder: Path, value: Calibration) -> None:
     for step, entry in enumerate(value.inputs):
         flat[f"inputs.{step}.x"] = entry.x
         flat[f"inputs.{step}.timestep"] = entry.timestep
-        flat |= {f"inputs.{step}.kwargs.{name}": tensor for name, tensor in entry.kwargs.items()}
+        flat |= {
+            f"inputs.{step}.kwargs.{name}": tensor
+            for name, tensor in entry.kwargs.items()
+            if step == 0 or not torch.equal(tensor, value.inputs[0].kwargs[name])
+        }
     save_tensors(folder / "calibration.safetensors", flat)
     save_json(folder / "measured.json", {"cost": value.cost, "measured": value.measured})
 
 
 def _load_calibration(folder: Path) -> Calibration:
     flat, record = load_tensors(folder / "calibration.safetensors"), load_json(folder / "measured.json")
-    entries = []
+    entries: list[StepInput] = []
     for step in range(len(flat["band"])):
         prefix = f"inputs.{step}.kwargs."
-        kwargs = {name[len(prefix) :]: tensor for name, tensor in flat.items() if name.startswith(prefix)}
+        own = {name[len(prefix) :]: tensor for name, tensor in flat.items() if name.startswith(prefix)}
+        kwargs = own if step == 0 else {**entries[0].kwargs, **own}  # the same conditioning is saved once
         entries.append(StepInput(flat[f"inputs.{step}.x"], flat[f"inputs.{step}.timestep"], kwargs))
     return Calibration(flat["band"], record["cost"], flat["weights"], tuple(entries), record["measured"])
 

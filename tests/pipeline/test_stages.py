@@ -125,6 +125,7 @@ def test_sampler_weights_follow_the_closed_form_of_gaussian_data(pipe: Any, conf
     gains = SamplerGains(context)
     gains._variance.append(v)
     gains._gain += 1.0
+    gains._passes += 1.0
     expected = (sigma[:-1] - sigma[1:]).square() * v / (sigma[1:].square() + v)
     assert torch.allclose(gains.weights(), expected)
 
