@@ -1,4 +1,4 @@
-"""The training script on a handful of random images: it trains, resumes, exports a pipeline that loads, and says what is missing."""
+"""The training script on random images: it trains, resumes, exports a pipeline that loads, and says what is missing."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SCRIPT = repository_folder() / "scripts" / "train" / "train_ddpm.py"
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A data set of 32 random images in the idx format."""
+    """Random images in the idx format, as many as the data set has."""
     folder = tmp_path / "data"
     folder.mkdir()
-    pixels = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(32, dtype=torch.uint8) % 10
-    for split in ("train", "t10k"):
-        header = struct.pack(">IIII", 2051, 32, 28, 28)
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 32) + labels.numpy().tobytes())
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 60_000), ("t10k", 10_000)):
+        pixels = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator).numpy().tobytes()
+        labels = bytes(i % 10 for i in range(count))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
     return folder
 
 
