@@ -137,6 +137,13 @@ class Plan:
         ]
         if s.cost is not None and s.uniform_cost is not None:
             lines.insert(3, f"objective    {s.cost:.6g} (uniform schedule {s.uniform_cost:.6g})")
+        measured = self.provenance.get("measured", {})
+        if {"dps_seconds", "trajectories_seconds", "ring_bytes"} <= set(measured):
+            dps, whole = measured["dps_seconds"], measured["trajectories_seconds"]
+            ring = measured["ring_bytes"] / 1e6
+            lines.append(
+                f"DPS took     {dps:.2f} s beside {whole:.2f} s of trajectories ({dps / whole:.1%}), {ring:.1f} MB"
+            )
         return "\n".join(lines)
 
 
