@@ -76,7 +76,11 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     network = _install(structure, plan, cache)
     step = accelerated_step(structure, cache, plan.correction)
     hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, lambda call: _check_guidance(pipe, plan, call))
-    hook.install()
+    try:
+        hook.install()
+    except BaseException:
+        _uninstall(structure, network)
+        raise
     state = Acceleration(plan, pipe, structure, cache, hook, network, "simulated")
     object.__setattr__(structure.denoiser, "_cachequant", state)
     print(report(pipe))
@@ -91,9 +95,7 @@ def disable(pipe: Any) -> Any:
     """
     state = _require(pipe)
     state.hook.remove()
-    if state.network is not None:
-        state.network.remove()
-    state.adapter.rebuild()
+    _uninstall(state.adapter, state.network)
     object.__delattr__(state.adapter.denoiser, "_cachequant")
     return pipe
 
@@ -110,6 +112,8 @@ def bypass(pipe: Any) -> Iterator[Any]:
     try:
         yield pipe
     finally:
+        if find(pipe) is not None:
+            raise UserError("a plan was enabled inside cachequant.bypass, expected none: enable it outside")
         state.network = _install(state.adapter, state.plan, state.cache)
         state.hook.install()
         object.__setattr__(state.adapter.denoiser, "_cachequant", state)
@@ -161,6 +165,13 @@ def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNe
     network = install(structure.denoiser, plan.quant, cache, correction=plan.correction)
     structure.rebuild()
     return network
+
+
+def _uninstall(structure: Adapter, network: QuantizedNetwork | None) -> None:
+    """Put the original layers back."""
+    if network is not None:
+        network.remove()
+    structure.rebuild()
 
 
 def _refuse_mismatch(found: ModelIdentity, expected: ModelIdentity) -> None:

@@ -56,18 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("plan", type=Path, help="plan folder")
     sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
     sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* only"
-    inspect = _command(commands, "inspect", "what a plan holds", _inspect)
+    inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
     return parser
 
 
-def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], computes: bool = True
+) -> argparse.ArgumentParser:
+    """A command with the options that all have; `computes` adds those of a configuration and a device."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the configuration"
-    )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    if computes:
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration key"
+        )
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object there")
     command.set_defaults(run=run)
     return command

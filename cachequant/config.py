@@ -40,7 +40,6 @@ class SamplerConfig:
 class CacheConfig:
     """What is reused and how often. `branch` counts decoder positions behind the cache site, 0 keeps only the last."""
 
-    enabled: bool = True
     interval: int = 10
     branch: int = 0
 
@@ -87,7 +86,10 @@ class QuantConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Sizes of the calibration. `samples` trajectories; `refresh_inputs` / `cached_inputs` of them kept per step."""
+    """Sizes of the calibration: `samples` trajectories, `refresh_inputs` / `cached_inputs` of them kept per step.
+
+    Free-running fits take all samples in one batch, since a step's fit is complete before any sample takes the step.
+    """
 
     samples: int = 16
     batch_size: int = 16
@@ -244,6 +246,17 @@ def validate(config: RunConfig) -> None:
         value = _lookup(config, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"{key} is {value}, expected {low:g} to {high:g}: correct it in the YAML or with --set")
+    calibration, correction = config.calibration, config.correction
+    if calibration.cached_inputs > calibration.refresh_inputs:
+        raise UserError(
+            f"calibration.cached_inputs is {calibration.cached_inputs}, expected at most calibration.refresh_inputs "
+            f"({calibration.refresh_inputs}): cached steps reuse features of refreshed rows, lower it"
+        )
+    if correction.layers == "all" and correction.trajectory == "full_precision":
+        raise UserError(
+            "correction.layers is all with full_precision trajectories, expected consumers there: "
+            "set correction.trajectory=free_running"
+        )
     if config.cache.interval > config.sampler.steps:
         raise UserError(
             f"cache.interval is {config.cache.interval} and sampler.steps is {config.sampler.steps}, "

@@ -102,7 +102,7 @@ def test_an_empty_file_is_the_base(tmp_path: Path) -> None:
         ("sampler.guidance_scale=7.5", "sampler", "guidance_scale", 7.5),
         ("sampler.guidance_scale=null", "sampler", "guidance_scale", None),
         ("sampler.labels=[1,2]", "sampler", "labels", [1, 2]),
-        ("cache.enabled=false", "cache", "enabled", False),
+        ("correction.cache=false", "correction", "cache", False),
         ("correction.ridge=1e-4", "correction", "ridge", 1e-4),
         ("sampler.eta=1", "sampler", "eta", 1.0),
         ("model.path=a=b", "model", "path", "a=b"),
@@ -144,7 +144,7 @@ def test_an_unknown_override_is_named_with_its_nearest(model: Path) -> None:
 
 
 def test_a_key_that_resembles_nothing_lists_what_there_is(model: Path) -> None:
-    with pytest.raises(UserError, match="expected one of enabled, interval, branch"):
+    with pytest.raises(UserError, match="expected one of interval, branch"):
         load_config(model, ["cache.zzzzzz=5"])
 
 
@@ -154,7 +154,7 @@ def test_a_key_that_resembles_nothing_lists_what_there_is(model: Path) -> None:
         "cache.interval=five",
         "cache.interval=2.5",
         "cache.interval=null",
-        "cache.enabled=7x",
+        "correction.cache=7x",
         "sampler.eta=much",
         "sampler.labels=3",
         "sampler.labels=[a]",

@@ -17,12 +17,6 @@ from cachequant.models.adapter import denoiser_of
 from cachequant.plan import ModelIdentity
 from cachequant.storage import content_hash
 
-SCHEDULER_KEYS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-    "timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_sample", "clip_sample_range", "thresholding",
-    "skip_prk_steps", "rescale_betas_zero_snr", "skip_type",
-)  # fmt: skip
-
 
 def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
     """A diffusers pipeline in float32, from a local folder (relative ones also from the repository) or a hub id.
@@ -79,10 +73,12 @@ def identify(pipe: Any, guidance_scale: float | None) -> ModelIdentity:
     """Exact names of the denoiser, the scheduler and the guidance mode, before anything was replaced in them."""
     denoiser = denoiser_of(pipe)
     config = dict(pipe.scheduler.config)
-    settings = {key: config[key] for key in SCHEDULER_KEYS if key in config}
+    settings = {key: str(value) for key, value in config.items() if not key.startswith("_")}
     scheduler = f"{type(pipe.scheduler).__name__}-{content_hash(settings)[:12]}"
     guided = guidance_scale is not None and guidance_scale > 1
-    return ModelIdentity(type(denoiser).__name__, weights_hash(denoiser), scheduler, "cfg" if guided else "none")
+    structure = {k: str(v) for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
+    weights = content_hash([weights_hash(denoiser), structure])
+    return ModelIdentity(type(denoiser).__name__, weights, scheduler, "cfg" if guided else "none")
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -124,8 +120,8 @@ class Generator:
             "output_type": "np",
             "eta": self.sampler.eta,
         }
-        if self.sampler.guidance_scale is not None:
-            wanted["guidance_scale"] = self.sampler.guidance_scale
+        scale = self.sampler.guidance_scale
+        wanted["guidance_scale"] = 1.0 if scale is None else scale  # never the pipeline's own default
         if "prompt" in accepted:
             if not self.prompts:
                 raise UserError("this pipeline needs text: set sampler.prompts to a file with one prompt per line")
@@ -149,7 +145,10 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
     found = next((p for p in (Path(path), repository_folder() / path) if p.is_file()), None)
     if found is None:
         raise UserError(f"no prompt file {path}: expected a text file with one prompt per line")
-    lines = tuple(line.strip() for line in found.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        lines = tuple(line.strip() for line in found.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}): save it as such") from None
     if not lines:
         raise UserError(f"prompt file {path} is empty: expected one prompt per line")
     return lines

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.errors import UserError
 from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import gather_moments
-from cachequant.pipeline.hook import Call
+from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.step import accelerated_step
 from cachequant.schedule import DistanceBand, dps_schedule, num_groups, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
@@ -65,13 +65,13 @@ def gather(context: Context) -> Calibration:
     clock = _Stopwatch(context)
 
     def step(call: Call) -> Tensor:
+        inputs[cache.step].append(keep_rows(call, rows))
         with clock.part("trajectories"):
             output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
         with clock.part("dps"):
             band.update(feature if gains is None else feature[::2])  # an estimate anyway: half the rows will do
             if gains is not None:
                 gains.update(cache.step, call, output, feature)
-        inputs[cache.step].append(keep_rows(call, rows))
         return output
 
     for _ in context.run(step, cache, context.seeds(), "1 calibrate"):
@@ -150,37 +150,54 @@ def choose_schedule(context: Context, calibration: Calibration) -> Schedule:
     uniform = replace(uniform, cost=best.uniform_cost, uniform_cost=best.uniform_cost)
     if config.schedule.kind == "uniform" or best.refresh_steps == uniform.refresh_steps:
         return uniform
-    if config.schedule.fallback and held_out_error(context, best) > held_out_error(context, uniform):
-        return uniform
+    if config.schedule.fallback:
+        error = HeldOut(context)
+        return best if error.of(best) <= error.of(uniform) else uniform
     return best
 
 
-def held_out_error(context: Context, schedule: Schedule, share: int = 4) -> float:
-    """Mean squared error of final images, fitted on calibration noise and run on other noise (a quarter of the samples)."""
-    count = max(2, context.config.calibration.samples // share)
-    small = replace(context, config=_with_samples(context, count))
-    settings = context.config.correction
-    maps = solve_maps(gather_moments(small, schedule), settings.ridge, settings.inflation)
-    seeds = context.seeds(HELD_OUT, count)
-    exact = torch.cat(
-        list(
-            small.run(
-                lambda c: small.adapter.full(c.x, c.timestep, **c.kwargs)[0],
-                _every(small),
-                seeds,
-                "1 held out",
-            )
-        )
-    )
-    cache = FeatureCache(schedule, keep=2)
-    step = accelerated_step(small.adapter, cache, Correction(maps))
-    made = torch.cat(list(small.run(step, cache, seeds, "1 held out")))
-    return float((made - exact).square().mean())
+class HeldOut:
+    """Error of a schedule on noise that its fit has not seen, with a quarter of the calibration's samples."""
+
+    def __init__(self, context: Context, share: int = 4) -> None:
+        calibration = context.config.calibration
+        count = max(2, calibration.samples // share)
+        small = replace(context.config, calibration=replace(calibration, samples=count, batch_size=count))
+        self.context, self.seeds = replace(context, config=small), context.seeds(HELD_OUT, count)
+        self.exact = self._images(_full_step(self.context), uniform_schedule(context.num_steps, 1))
+
+    def of(self, schedule: Schedule) -> float:
+        """Mean squared error of the final images, fitted on calibration noise and run on the held-out one."""
+        context, settings = self.context, self.context.config.correction
+        fits = settings.cache
+        maps = solve_maps(gather_moments(context, schedule), settings.ridge, settings.inflation) if fits else {}
+        cache = FeatureCache(schedule, keep=2)
+        made = self._images(accelerated_step(context.adapter, cache, Correction(maps)), schedule, cache)
+        return float((made - self.exact).square().mean())
+
+    def _images(self, step: StepFunction, schedule: Schedule, cache: FeatureCache | None = None) -> Tensor:
+        batches = self.context.run(step, cache or FeatureCache(schedule), self.seeds, "1 held out")
+        return torch.cat(list(batches))
+
+
+def _full_step(context: Context) -> StepFunction:
+    """Every evaluation in full."""
+    return lambda call: context.adapter.full(call.x, call.timestep, **call.kwargs)[0]
 
 
 def keep_rows(call: Call, count: int) -> StepInput:
-    """Evenly spaced rows of one call (they span both guidance halves)."""
+    """Evenly spaced rows of one call (they span both guidance halves).
+
+    Raises:
+        UserError: nested conditioning (SDXL's added_cond_kwargs), which cannot be cut into rows yet.
+    """
     total = len(call.x)
+    nested = [name for name, value in call.kwargs.items() if isinstance(value, dict | list | tuple) and value]
+    if nested:
+        raise UserError(
+            f"this pipeline passes {nested[0]} as a {type(call.kwargs[nested[0]]).__name__}, expected plain tensors: "
+            "it is not supported yet"
+        )
     rows = torch.linspace(0, total - 1, min(count, total)).round().long()
     kwargs = {
         k: v[rows.to(v.device)].cpu() for k, v in call.kwargs.items() if isinstance(v, Tensor) and len(v) == total
@@ -189,17 +206,11 @@ def keep_rows(call: Call, count: int) -> StepInput:
 
 
 def _join(parts: list[StepInput], count: int) -> StepInput:
-    kwargs = {k: torch.cat([p.kwargs[k] for p in parts])[:count] for k in parts[0].kwargs}
-    return StepInput(torch.cat([p.x for p in parts])[:count], parts[0].timestep, kwargs)
-
-
-def _with_samples(context: Context, count: int) -> Any:
-    config = context.config
-    return replace(config, calibration=replace(config.calibration, samples=count, batch_size=count))
-
-
-def _every(context: Context) -> FeatureCache:
-    return FeatureCache(uniform_schedule(context.num_steps, 1))
+    """Evenly spaced rows of all batches together, the same ones at every step."""
+    x = torch.cat([p.x for p in parts])
+    rows = torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()
+    kwargs = {k: torch.cat([p.kwargs[k] for p in parts])[rows] for k in parts[0].kwargs}
+    return StepInput(x[rows], parts[0].timestep, kwargs)
 
 
 class _Stopwatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter, adapter
 from cachequant.models.loading import Generator, identify, read_prompts
-from cachequant.pipeline.hook import DenoiserHook, StepFunction
+from cachequant.pipeline.hook import DenoiserHook, StepFunction, refuse_taken
 from cachequant.plan import ModelIdentity
 
 FRESH, HELD_OUT = 1_000_000, 2_000_000
@@ -47,9 +47,14 @@ class Context:
             UserError: unsupported model, impossible branch, more steps than the scheduler has, or a pipeline in use.
         """
         structure = adapter(pipe, config.cache.branch)
-        if "forward" in vars(structure.denoiser):
-            raise UserError("this pipeline is enabled: call cachequant.disable(pipe) before calibrating")
-        available = int(pipe.scheduler.config.num_train_timesteps)
+        refuse_taken(structure.denoiser)
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"{type(pipe).__name__} has scheduler {type(scheduler).__name__}, expected a discrete one with "
+                "alphas_cumprod such as DDIMScheduler or PNDMScheduler: set pipe.scheduler to one"
+            )
+        available = int(scheduler.config.num_train_timesteps)
         if config.sampler.steps > available:
             raise UserError(f"sampler.steps is {config.sampler.steps}, expected at most {available} for this scheduler")
         pipe.scheduler.set_timesteps(config.sampler.steps)
@@ -78,7 +83,6 @@ class Context:
         seeds: list[int],
         label: str,
         batch_size: int | None = None,
-        before: Callable[[], None] | None = None,
     ) -> Iterator[Tensor]:
         """Drive the pipeline's own loop through `step`, batch by batch, with a progress bar: images [B, C, H, W].
 
@@ -88,9 +92,9 @@ class Context:
             seeds: one image each.
             label: text of the progress bar.
             batch_size: images at once, default calibration.batch_size.
-            before: called before each batch.
         """
         size = batch_size or self.config.calibration.batch_size
+        shown = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(disable=True)
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, disable=None) as bar:
@@ -99,9 +103,10 @@ class Context:
                 bar.update()
                 return step(call)
 
-            for batch in batches:
-                if before is not None:
-                    before()
-                with DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps):
-                    images = self.generator(batch)
-                yield images
+            try:
+                for batch in batches:
+                    with DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps):
+                        images = self.generator(batch)
+                    yield images
+            finally:
+                self.pipe.set_progress_bar_config(**shown)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments
-from cachequant.errors import UserError
 from cachequant.pipeline.context import FRESH, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import regressors
@@ -23,19 +22,10 @@ from cachequant.types import AffineMap, Correction, QuantState, Schedule
 
 
 def fit_quantised(context: Context, schedule: Schedule, correction: Correction, state: QuantState) -> Correction:
-    """The correction with a₂, b₂ for every corrected layer and executed step (and a refitted cache part if free-running).
-
-    Raises:
-        UserError: full-precision trajectories with corrections on every layer, which only the free-running fit knows.
-    """
+    """The correction with a₂, b₂ for every corrected layer and executed step (and a refitted cache part if free-running)."""
     settings = context.config.correction
     if settings.layers == "none" and settings.trajectory == "full_precision":
         return correction
-    if settings.layers == "all" and settings.trajectory == "full_precision":
-        raise UserError(
-            "correction.layers is all with full_precision trajectories, expected consumers there: "
-            "set correction.trajectory=free_running"
-        )
     adapter = context.adapter
     cache = FeatureCache(schedule, keep=2 if settings.forecast else 1)
     handle = install(adapter.denoiser, state, cache, correction=correction)
@@ -112,7 +102,8 @@ def _free_running(
         if settings.cache:
             sums = Moments()
             sums.update(regressors(cache, settings.forecast), target)
-            maps[cache.step] = sums.solve(settings.ridge, settings.inflation)
+            fitted = sums.solve(settings.ridge, settings.inflation)
+            maps[cache.step] = fitted.to(call.x.device, call.x.dtype)
         return adapter.cached(call.x, call.timestep, None, cache.reuse(maps.get(cache.step)), **call.kwargs)
 
     seeds = context.seeds(FRESH)

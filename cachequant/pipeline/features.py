@@ -40,9 +40,8 @@ def gather_moments(context: Context, schedule: Schedule) -> dict[int, Moments]:
         sums.update(regressors(cache, settings.forecast), feature)
         if not free:
             return output
-        return context.adapter.cached(
-            call.x, call.timestep, None, cache.reuse(sums.solve(settings.ridge, settings.inflation)), **call.kwargs
-        )
+        fitted = sums.solve(settings.ridge, settings.inflation).to(call.x.device, call.x.dtype)
+        return context.adapter.cached(call.x, call.timestep, None, cache.reuse(fitted), **call.kwargs)
 
     seeds = context.seeds(FRESH)
     size = len(seeds) if free else None  # the fit of a step must be complete before any sample takes it

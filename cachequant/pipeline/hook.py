@@ -5,13 +5,14 @@ So classifier-free guidance, any scheduler (PLMS evaluates twice) and any condit
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
@@ -34,6 +35,22 @@ class Call:
 
 
 StepFunction = Callable[[Call], Tensor]
+
+
+def refuse_taken(denoiser: nn.Module) -> None:
+    """Raise if somebody already stands before this denoiser's forward.
+
+    Raises:
+        UserError: a plan is enabled on it, or another library wrapped it (CPU offload does).
+    """
+    forward = vars(denoiser).get("forward")
+    if forward is None:
+        return
+    if hasattr(forward, "cachequant_hook"):
+        raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
+    raise UserError(
+        "another library wraps this denoiser's forward (CPU offload does), expected a plain one: remove that hook first"
+    )
 
 
 class DenoiserHook:
@@ -64,7 +81,7 @@ class DenoiserHook:
         self.expected, self.check = expected, check
         self.scheduler = pipe.scheduler
         self._signature = inspect.signature(type(adapter.denoiser).forward)
-        self._fresh = False
+        self._fresh = self._begun = False
 
     def install(self) -> DenoiserHook:
         """Take the pipeline's calls from now on.
@@ -72,12 +89,13 @@ class DenoiserHook:
         Raises:
             UserError: it is taken already.
         """
-        if "forward" in vars(self.adapter.denoiser) and hasattr(self.adapter.denoiser.forward, "cachequant_hook"):
-            raise UserError("this pipeline is enabled already: call cachequant.disable(pipe) first")
+        refuse_taken(self.adapter.denoiser)
+        self._begun = False
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
+        @functools.wraps(self.scheduler.set_timesteps)  # pipelines look at its signature
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             result = type(self.scheduler).set_timesteps(self.scheduler, *args, **kwargs)
             self._begin()
@@ -108,23 +126,26 @@ class DenoiserHook:
                 f"from {self.expected[0]}: use the plan's number of steps and scheduler, or calibrate for these"
             )
         self.cache.reset()
-        self._fresh = True
+        self._fresh = self._begun = True
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(self.adapter.denoiser, *args, **kwargs).arguments
         names = list(self._signature.parameters)[1:3]
         extra = {k: v for k, v in bound.items() if k not in ("self", "return_dict", "kwargs", *names)}
         call = Call(bound[names[0]], bound[names[1]], {**extra, **bound.get("kwargs", {})})
+        ended = self.cache.step >= self.cache.schedule.num_steps
+        if not self._begun or self.pipe.scheduler is not self.scheduler or (ended and not self._fresh):
+            raise UserError(
+                f"evaluation {self.cache.step} of {self.cache.schedule.num_steps} without a start: call "
+                "scheduler.set_timesteps before every run, on the scheduler that was enabled"
+            )
         if self._fresh:
             self._first_call(call)
-        elif self.cache.step >= self.cache.schedule.num_steps:
-            raise UserError(
-                f"evaluation {self.cache.step} of a plan for {self.cache.schedule.num_steps}: "
-                "call scheduler.set_timesteps at the start of every run, on the scheduler that was enabled"
-            )
         refreshed = self.cache.must_refresh
         output = self.step(call)
         self.cache.advance(refreshed)
+        if self.cache.step >= self.cache.schedule.num_steps:
+            self.cache.features.clear()  # the run is over: nothing to hold memory for
         return self.adapter.pack(output, bound.get("return_dict", True))
 
     def _first_call(self, call: Call) -> None:

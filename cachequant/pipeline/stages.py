@@ -251,14 +251,14 @@ def _load_moments(folder: Path) -> dict[int, Moments]:
 
 
 def _save_samples(folder: Path, value: Samples) -> None:
-    from cachequant.evaluation.grid import image_grid
+    from cachequant.evaluation.grid import image_grid, save_image
 
     save_tensors(folder / "images.safetensors", {"images": value.images})
     save_json(
         folder / "seconds.json",
         {"seconds": value.seconds, "images_sha256": file_hash(folder / "images.safetensors")},
     )
-    image_grid({"samples": value.images[:16]}).save(folder / "grid.png")
+    save_image(image_grid({"samples": value.images[:16]}), folder / "grid.png")
 
 
 def _load_samples(folder: Path) -> Samples:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.hook import Call, StepFunction
-from cachequant.types import Correction
+from cachequant.types import AffineMap, Correction
 
 
 def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correction) -> StepFunction:
@@ -17,7 +18,7 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
     The layers' corrections a₂, b₂ live in the quantised layers themselves.
     """
     reuses = len(cache.schedule.refresh_steps) < cache.schedule.num_steps
-    on_device: dict[int, object] = {}
+    on_device: dict[tuple[int, torch.device], AffineMap] = {}
 
     def step(call: Call) -> Tensor:
         if cache.must_refresh:
@@ -25,9 +26,11 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
             if reuses:
                 cache.store(feature)
             return output
-        affine = correction.cache.get(cache.step)
+        affine, place = correction.cache.get(cache.step), (cache.step, call.x.device)
         if affine is not None:
-            affine = on_device.setdefault(cache.step, affine.to(call.x.device, call.x.dtype))  # type: ignore[assignment]
+            if place not in on_device:
+                on_device[place] = affine.to(call.x.device, call.x.dtype)
+            affine = on_device[place]
         return adapter.cached(call.x, call.timestep, None, cache.reuse(affine), **call.kwargs)
 
     return step

@@ -103,6 +103,13 @@ class QuantLayer(nn.Module):
         self.corrections = dict(corrections)
         self._epilogues.clear()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """`.to()` moves the replaced layer too, and what was folded on the old device is folded again."""
+        self.source._apply(fn)
+        self._epilogues.clear()
+        super()._apply(fn, recurse)
+        return self
+
     def finish_step(self, step: int) -> None:
         """Turn what was observed into the row of `step`."""
         for quantizer in self.quantizers:

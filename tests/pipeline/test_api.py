@@ -177,3 +177,63 @@ def test_more_evaluations_than_the_plan_has_are_refused(pipe: Any, configure: Co
     images()
     with pytest.raises(cq.UserError, match="set_timesteps"):
         pipe.unet(torch.zeros(1, 1, 16, 16), torch.tensor(0))
+
+
+def test_a_scheduler_that_was_replaced_is_noticed_at_the_first_evaluation(
+    pipe: Any, configure: Configure, images: Images
+) -> None:
+    enabled = pipe.scheduler
+    cq.enable(pipe, plain_plan(pipe, configure("quant.enabled=false")))
+    accelerated = images()
+    pipe.scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    with pytest.raises(cq.UserError, match="on the scheduler that was enabled"):
+        images()
+    pipe.scheduler = enabled
+    assert torch.equal(images(), accelerated)
+
+
+def test_no_feature_is_held_after_a_run(pipe: Any, configure: Configure, images: Images) -> None:
+    cq.enable(pipe, plain_plan(pipe, configure("quant.enabled=false")))
+    images()
+    assert vars(pipe.unet)["_cachequant"].cache.features == []
+
+
+def test_a_wrapped_denoiser_is_left_alone(pipe: Any, configure: Configure, images: Images) -> None:
+    plan, wrapped = plain_plan(pipe, configure("quant.enabled=false")), pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: wrapped(*args, **kwargs)
+    foreign = pipe.unet.forward
+    for attempt in (lambda: cq.enable(pipe, plan), lambda: Context.of(pipe, configure())):
+        with pytest.raises(cq.UserError, match="another library wraps"):
+            attempt()
+    assert pipe.unet.forward is foreign and "_cachequant" not in vars(pipe.unet)
+
+
+def test_layers_are_put_back_when_the_hook_cannot_be_installed(pipe: Any, configure: Configure, tmp_path: Path) -> None:
+    plan = cq.calibrate(pipe, configure("method=naive"), tmp_path, quiet=True)
+    modules, plain = module_ids(pipe), pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    with pytest.raises(cq.UserError):
+        cq.enable(pipe, plan)
+    assert module_ids(pipe) == modules
+
+
+def test_moving_an_enabled_pipeline_moves_what_disable_puts_back(
+    pipe: Any, configure: Configure, tmp_path: Path
+) -> None:
+    cq.enable(pipe, cq.calibrate(pipe, configure("method=naive"), tmp_path, quiet=True))
+    pipe.unet.to(torch.float64)
+    cq.disable(pipe)
+    assert all(p.dtype == torch.float64 for p in pipe.unet.parameters())
+
+
+def test_the_users_progress_bar_settings_survive_calibration(pipe: Any, configure: Configure, tmp_path: Path) -> None:
+    pipe.set_progress_bar_config(disable=True, desc="mine")
+    cq.calibrate(pipe, configure("method=dps"), tmp_path, quiet=True)
+    assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
+
+
+def test_another_structure_with_the_same_weights_is_another_model(pipe: Any, configure: Configure) -> None:
+    plan = plain_plan(pipe, configure("quant.enabled=false"))
+    pipe.unet.register_to_config(norm_num_groups=2)
+    with pytest.raises(cq.UserError, match="this pipeline's weights"):
+        cq.enable(pipe, plan)

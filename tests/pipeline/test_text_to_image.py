@@ -131,3 +131,18 @@ def test_a_missing_or_empty_prompt_file_is_one_line(
         cq.calibrate(stable_diffusion, config(f"sampler.prompts={tmp_path}/empty.txt"), tmp_path, quiet=True)
     with pytest.raises(cq.UserError, match="no prompt file"):
         cq.calibrate(stable_diffusion, config("sampler.prompts=absent.txt"), tmp_path, quiet=True)
+
+
+def test_no_guidance_scale_means_no_guidance(
+    stable_diffusion: Any, config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The pipeline's own default (7.5) must not slip in."""
+    pipe, reference = stable_diffusion, draw(stable_diffusion, guidance=1.0)
+    plan = cq.calibrate(pipe, config("sampler.guidance_scale=null", "method=naive"), tmp_path / "run", quiet=True)
+    assert plan.identity.guidance == "none"
+    cq.enable(pipe, plan)
+    assert draw(pipe, guidance=1.0).isfinite().all()
+    with pytest.raises(cq.UserError, match="this run has guidance cfg"):
+        draw(pipe, guidance=7.5)
+    cq.disable(pipe)
+    assert torch.equal(draw(pipe, guidance=1.0), reference)
