@@ -54,7 +54,9 @@ def test_every_shipped_model_names_its_method_by_default(path: Path) -> None:
 
 
 def test_the_defaults_are_valid() -> None:
-    validate(RunConfig())
+    config = RunConfig()
+    validate(config)
+    assert config_from_dict(config_to_dict(config)) == config
 
 
 # Precedence

@@ -362,7 +362,7 @@ def golden(golden_folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((folder / "case.json").read_text()), load_file(folder / "case.safetensors")
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     """Largest difference below `tolerance` of the largest value."""
     assert float((found.double() - expected.double()).abs().max() / expected.double().abs().max()) < tolerance
 
@@ -377,8 +377,8 @@ def test_the_fit_is_the_exact_one(golden: tuple[dict[str, Any], dict[str, Tensor
         name = f"case{case['id']}"
         fit = fit_affine(tensors[f"{name}_x"], tensors[f"{name}_y"])
         live = alive(len(fit.scale), case["dead_channel"])
-        close(fit.scale[live], tensors[f"{name}_a_exact"][live])
-        close(fit.shift[live], tensors[f"{name}_b_exact"][live])
+        assert_close(fit.scale[live], tensors[f"{name}_a_exact"][live])
+        assert_close(fit.shift[live], tensors[f"{name}_b_exact"][live])
         assert torch.isfinite(fit.scale).all() and torch.isfinite(fit.shift).all()
         if case["dead_channel"] is not None:
             assert float(fit.scale[case["dead_channel"]]) == 1.0
@@ -394,9 +394,9 @@ def test_the_original_differs_by_its_two_normalisations(
         x, y = tensors[f"{name}_x"], tensors[f"{name}_y"]
         live = alive(x.shape[1], case["dead_channel"])
         shrunken = fit_affine(x, y).scale * (n - 1) / n
-        close(shrunken[live], tensors[f"{name}_a_original"][live])
+        assert_close(shrunken[live], tensors[f"{name}_a_original"][live])
         mean = [t.double().transpose(0, 1).flatten(1).mean(1) for t in (x, y)]
-        close((mean[1] - shrunken * mean[0])[live], tensors[f"{name}_b_original"][live])
+        assert_close((mean[1] - shrunken * mean[0])[live], tensors[f"{name}_b_original"][live])
 
 
 def source_step(pipeline: dict[str, Any], step: int) -> int:
@@ -417,9 +417,9 @@ def test_both_stages_are_the_originals_up_to_its_normalisation_and_bias(
                 assert torch.equal(a1[step], torch.ones_like(a1[step])) and not b1[step].any()
                 continue
             shrunken = fit_affine(reused, truth).scale * (n - 1) / n
-            close(shrunken, a1[step], 1e-5)
+            assert_close(shrunken, a1[step], 1e-5)
             mean = [t.double().transpose(0, 1).flatten(1).mean(1) for t in (reused, truth)]
-            close(mean[1] - shrunken * mean[0], b1[step], 1e-4)
+            assert_close(mean[1] - shrunken * mean[0], b1[step], 1e-4)
 
         layer = Split.of(pipeline, tensors)
         for step in range(pipeline["T"]):
@@ -429,11 +429,11 @@ def test_both_stages_are_the_originals_up_to_its_normalisation_and_bias(
                 u = F.silu(F.group_norm(u, 16, *affine, 1e-5))
             rounded, exact = layer.quantised(u, 0, step), layer.exact(u, 0)
             shrunken = fit_affine(rounded, exact).scale * (n - 1) / n
-            close(shrunken, layer.tensor("a2")[step], 1e-5)
+            assert_close(shrunken, layer.tensor("a2")[step], 1e-5)
             # its regression saw the bias on both sides
             bias = layer.tensor("bias")
             mean = [t.double().transpose(0, 1).flatten(1).mean(1) + bias for t in (rounded, exact)]
-            close(mean[1] - shrunken * mean[0], layer.tensor("b2")[step], 1e-3)
+            assert_close(mean[1] - shrunken * mean[0], layer.tensor("b2")[step], 1e-3)
 
 
 def test_the_split_convolution_is_the_originals(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
@@ -444,11 +444,11 @@ def test_the_split_convolution_is_the_originals(golden: tuple[dict[str, Any], di
         halves = x[:, : layer.width], x[:, layer.width :]
         bias = layer.tensor("bias")[:, None, None]
         exact = layer.exact(halves[0], 0) + layer.exact(halves[1], 1) + bias
-        close(exact, layer.tensor("infer_fp"), 1e-5)
+        assert_close(exact, layer.tensor("infer_fp"), 1e-5)
         h, skip = (layer.quantised(half, i, step) for i, half in enumerate(halves))
-        close(h + skip + bias, layer.tensor("infer_quant"), 1e-5)
+        assert_close(h + skip + bias, layer.tensor("infer_quant"), 1e-5)
         fit = AffineMap(layer.tensor("a2")[step], layer.tensor("b2")[step])
-        close(fit.apply(h) + skip + bias, layer.tensor("infer_quant_corrected"), 1e-5)
+        assert_close(fit.apply(h) + skip + bias, layer.tensor("infer_quant_corrected"), 1e-5)
 
 
 class Split:

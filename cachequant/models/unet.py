@@ -100,8 +100,8 @@ class UNetAdapter:
         embedding = ("time_embedding.", "class_embedding.", "add_embedding.")
         return {
             name
-            for name, module in self.denoiser.named_modules()
-            if name.startswith(embedding) or (name.endswith("time_emb_proj") and isinstance(module, nn.Module))
+            for name, _ in self.denoiser.named_modules()
+            if name.startswith(embedding) or name.endswith("time_emb_proj")
         }
 
     def splits(self) -> dict[str, int]:

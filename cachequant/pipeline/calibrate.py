@@ -65,6 +65,7 @@ def gather(context: Context) -> Calibration:
     clock = _Stopwatch(context)
 
     def step(call: Call) -> Tensor:
+        """Full precision; its feature goes into the band, its input is kept."""
         inputs[cache.step].append(keep_rows(call, rows))
         with clock.part("trajectories"):
             output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)

@@ -55,6 +55,7 @@ def gather_products(
     handle.set_mode(Mode.FLOAT)
 
     def step(call: Call) -> Tensor:
+        """Full precision leads; where it would be cached, the corrected shallow network is measured beside it."""
         refresh = cache.must_refresh
         handle.set_mode(Mode.PAIR if refresh else Mode.FLOAT, names)
         output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
@@ -90,6 +91,7 @@ def _free_running(
         handle.layers[name].ridge = settings.ridge
 
     def step(call: Call) -> Tensor:
+        """Full precision at the accelerated model's x_t is the target; the accelerated step, fitted to it, leads."""
         handle.set_mode(Mode.FLOAT)
         handle.set_mode(Mode.RECORD, names)
         _, target = adapter.full(call.x, call.timestep, **call.kwargs)

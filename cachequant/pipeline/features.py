@@ -32,6 +32,7 @@ def gather_moments(context: Context, schedule: Schedule) -> dict[int, Moments]:
     free = settings.trajectory == "free_running"
 
     def step(call: Call) -> Tensor:
+        """Add this step's pair; free-running, also take the step with the fit so far."""
         output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
         if cache.must_refresh:
             cache.store(feature)

@@ -57,6 +57,7 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     path: list[Tensor] = []
 
     def step(call: Call) -> Tensor:
+        """The accelerated step, with x_t kept where asked."""
         if record and len(path) < context.num_steps:
             path.append(call.x.detach().cpu().clone())
         return inner(call)

@@ -21,6 +21,7 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
     on_device: dict[tuple[int, torch.device], AffineMap] = {}
 
     def step(call: Call) -> Tensor:
+        """One evaluation of the accelerated model."""
         if cache.must_refresh:
             output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
             if reuses:
