@@ -44,7 +44,8 @@ def corrected_layers(context: Context, handle: QuantizedNetwork) -> tuple[str, .
     kind = context.config.correction.layers
     if kind == "all":
         return tuple(handle.layers)
-    return tuple(n for n in context.adapter.consumers() if n in handle.layers) if kind == "consumers" else ()
+    found = context.adapter.consumers() if kind == "consumers" else ()
+    return tuple(consumer.name for consumer in found if consumer.name in handle.layers)
 
 
 def gather_products(

@@ -294,7 +294,7 @@ def test_splits_name_the_first_convolution_and_the_shortcut_of_every_position(ca
     for branch in branches(case.network):
         cut = UNetAdapter(case.network, branch)
         assert cut.consumers()
-        for name in cut.consumers():
+        for name in (consumer.name for consumer in cut.consumers()):
             assert case.network.get_submodule(name.rpartition(".")[0]) is cut.site.consumer
             assert splits[name] == cut.width and name in cut.shallow_names()
 
