@@ -38,10 +38,15 @@ class SamplerConfig:
 
 @dataclass
 class CacheConfig:
-    """What is reused and how often. `branch` counts decoder positions behind the cache site, 0 keeps only the last."""
+    """What is reused and how often.
+
+    `branch`: of a U-Net, decoder positions behind the cache site, 0 keeps only the last. `span`: of a transformer, first
+    and last block whose sum is cached, 0-based; None is the middle half.
+    """
 
     interval: int = 10
     branch: int = 0
+    span: list[int] | None = None
 
 
 @dataclass

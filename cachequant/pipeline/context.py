@@ -46,7 +46,7 @@ class Context:
         Raises:
             UserError: unsupported model, impossible branch, more steps than the scheduler has, or a pipeline in use.
         """
-        structure = adapter(pipe, config.cache.branch)
+        structure = adapter(pipe, config.cache.branch, config.cache.span)
         refuse_taken(structure.denoiser)
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
