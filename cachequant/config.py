@@ -93,14 +93,20 @@ class QuantConfig:
 class CalibrationConfig:
     """Sizes of the calibration: `samples` trajectories, `refresh_inputs` / `cached_inputs` of them kept per step.
 
-    Free-running fits take all samples in one batch, since a step's fit is complete before any sample takes the step.
+    `dps_samples` of them, in whole batches, measure the distances of the schedule; stages 2 and 5 draw `dec_samples` fresh
+    ones; None is as many as `samples`. The network sees `batch_size` samples at once, also in free-running fits, where all
+    samples advance together; only `correction.layers=all` takes them in one batch, since every layer's fit must be in use
+    before the next layer. `prompts`: text file of the calibration's prompts, None takes the sampler's.
     """
 
     samples: int = 16
+    dps_samples: int | None = None
+    dec_samples: int | None = None
     batch_size: int = 16
     refresh_inputs: int = 16
     cached_inputs: int = 16
     seed: int = 1243
+    prompts: str | None = None
 
 
 @dataclass
@@ -149,6 +155,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "quant.ends_bits": (2, 8),
     "quant.attention_bits": (2, 8),
     "calibration.samples": (1, 10**7),
+    "calibration.dps_samples": (1, 10**7),
+    "calibration.dec_samples": (1, 10**7),
     "calibration.batch_size": (1, 10**6),
     "calibration.refresh_inputs": (1, 10**7),
     "calibration.cached_inputs": (1, 10**7),

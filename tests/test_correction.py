@@ -505,3 +505,15 @@ def test_inflation_leaves_a_constant_channel_alone() -> None:
     moments = Moments()
     moments.update((torch.ones(2, 1, 8),), torch.randn(2, 1, 8))
     assert moments.solve(inflation=2.0).scale.item() == 1.0
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3, 4), (6, 8, 5), (40, 5), (5, 9)])
+def test_sums_taken_piece_by_piece_are_the_sums(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    channel_dim = shape.index(5)
+    x, y = pair(3, shape, channel_dim)
+    whole, pieces = Moments(), Moments()
+    whole.update((x,), y, channel_dim)
+    monkeypatch.setattr("cachequant.correction.PIECE", 30)
+    pieces.update((x,), y, channel_dim - len(shape))
+    assert whole.gram is not None and pieces.gram is not None
+    torch.testing.assert_close(pieces.gram, whole.gram, rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter, adapter
 from cachequant.models.loading import Generator, identify, read_prompts
-from cachequant.pipeline.hook import DenoiserHook, StepFunction, refuse_taken
+from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
 from cachequant.plan import ModelIdentity
 
 FRESH, HELD_OUT = 1_000_000, 2_000_000
@@ -66,15 +67,20 @@ class Context:
         """T, the evaluations of one run."""
         return len(self.timesteps)
 
-    @property
-    def generator(self) -> Generator:
-        """Calls the pipeline by seeds."""
-        return Generator(self.pipe, self.config.sampler, read_prompts(self.config.sampler.prompts))
+    def generator(self, sampling: bool = False) -> Generator:
+        """Calls the pipeline by seeds, on the calibration's prompts or, `sampling`, on the sampler's."""
+        own = None if sampling else self.config.calibration.prompts
+        return Generator(self.pipe, self.config.sampler, read_prompts(own or self.config.sampler.prompts))
 
     def seeds(self, offset: int = 0, count: int | None = None) -> list[int]:
         """Seeds of calibration trajectories; other offsets give other noise."""
         first = self.config.calibration.seed + offset
         return list(range(first, first + (count or self.config.calibration.samples)))
+
+    @property
+    def fresh_seeds(self) -> list[int]:
+        """Seeds of the trajectories of stages 2 and 5."""
+        return self.seeds(FRESH, self.config.calibration.dec_samples)
 
     def run(
         self,
@@ -83,30 +89,54 @@ class Context:
         seeds: list[int],
         label: str,
         batch_size: int | None = None,
+        sampling: bool = False,
     ) -> Iterator[Tensor]:
         """Drive the pipeline's own loop through `step`, batch by batch, with a progress bar: images [B, C, H, W].
 
         Args:
-            step: called for every evaluation.
+            step: called for every denoiser call.
             cache: step counter and features.
             seeds: one image each.
             label: text of the progress bar.
             batch_size: images at once, default calibration.batch_size.
+            sampling: for the images themselves, not for calibration: another list of prompts.
         """
+        yield from self._drive(step, cache, seeds, label, batch_size, self.generator(sampling), decode=True)
+
+    def trajectories(
+        self, step: StepFunction, cache: FeatureCache, seeds: list[int], label: str, batch_size: int | None = None
+    ) -> None:
+        """As `run`, for what `step` gathers on the way: the pipeline is left behind its last step, nothing is decoded."""
+        for _ in self._drive(step, cache, seeds, label, batch_size, self.generator(), decode=False):
+            pass
+
+    def _drive(
+        self,
+        step: StepFunction,
+        cache: FeatureCache,
+        seeds: list[int],
+        label: str,
+        batch_size: int | None,
+        generator: Generator,
+        decode: bool,
+    ) -> Iterator[Tensor]:
         size = batch_size or self.config.calibration.batch_size
         shown = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(disable=True)
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, disable=None) as bar:
 
-            def counted(call: Any) -> Tensor:
-                bar.update()
+            def counted(call: Call) -> Tensor:
+                bar.update(call.opens)
                 return step(call)
 
             try:
                 for batch in batches:
-                    with DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps):
-                        images = self.generator(batch)
-                    yield images
+                    hook = DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps, leave=not decode)
+                    images = None
+                    with hook, suppress(RunFinished):
+                        images = generator(batch)
+                    if images is not None:
+                        yield images
             finally:
                 self.pipe.set_progress_bar_config(**shown)

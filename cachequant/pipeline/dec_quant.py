@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments
-from cachequant.pipeline.context import FRESH, Context
+from cachequant.pipeline.chunks import Chunks
+from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import regressors
 from cachequant.pipeline.hook import Call
@@ -27,7 +28,7 @@ def fit_quantised(context: Context, schedule: Schedule, correction: Correction, 
     if settings.layers == "none" and settings.trajectory == "full_precision":
         return correction
     adapter = context.adapter
-    cache = FeatureCache(schedule, keep=2 if settings.forecast else 1)
+    cache = FeatureCache(schedule, 2 if settings.forecast else 1, adapter.channel_dim)
     handle = install(adapter.denoiser, state, cache, correction=correction)
     adapter.rebuild()
     try:
@@ -69,8 +70,7 @@ def gather_products(
         adapter.cached(call.x, call.timestep, None, reused, **call.kwargs)
         return output
 
-    for _ in context.run(step, cache, context.seeds(FRESH), "5 dec quant"):
-        pass
+    context.trajectories(step, cache, context.fresh_seeds, "5 dec quant")
     return {name: dict(sorted(handle.layers[name].moments.items())) for name in names}
 
 
@@ -86,31 +86,43 @@ def _free_running(
     context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork
 ) -> Correction:
     """Sequential local fits along the accelerated model's own trajectory."""
-    adapter, settings, names = context.adapter, context.config.correction, corrected_layers(context, handle)
+    settings, names, seeds = context.config.correction, corrected_layers(context, handle), context.fresh_seeds
+    network = Chunks(context.adapter) if settings.layers == "all" else Chunks.of(context, len(seeds))
     maps: dict[int, AffineMap] = {}
+    sums: dict[int, Moments] = {}
     for name in names:
         handle.layers[name].ridge = settings.ridge
 
     def step(call: Call) -> Tensor:
         """Full precision at the accelerated model's x_t is the target; the accelerated step, fitted to it, leads."""
+        for name in names:
+            handle.layers[name].start_fit(new_step=call.opens)
         handle.set_mode(Mode.FLOAT)
         handle.set_mode(Mode.RECORD, names)
-        _, target = adapter.full(call.x, call.timestep, **call.kwargs)
+        _, target = network.full(call)
+        if settings.cache and not cache.must_refresh:
+            pooled = sums.setdefault(cache.step, Moments())
+            pooled.update(regressors(cache, settings.forecast), target, context.adapter.channel_dim)
+            maps[cache.step] = pooled.solve(settings.ridge, settings.inflation).to(call.x.device, call.x.dtype)
         handle.set_mode(Mode.QUANTIZED)
         handle.set_mode(Mode.FIT, names)
-        if cache.must_refresh:
-            output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
+        output, feature = _accelerated(network, call, cache, maps)
+        if network.count > 1 and names:  # the first chunks ran on a fit that had not seen the last
+            handle.set_mode(Mode.QUANTIZED)
+            output, feature = _accelerated(network, call, cache, maps)
+        if feature is not None:
             cache.store(feature)
-            return output
-        if settings.cache:
-            sums = Moments()
-            sums.update(regressors(cache, settings.forecast), target)
-            fitted = sums.solve(settings.ridge, settings.inflation)
-            maps[cache.step] = fitted.to(call.x.device, call.x.dtype)
-        return adapter.cached(call.x, call.timestep, None, cache.reuse(maps.get(cache.step)), **call.kwargs)
+        return output
 
-    seeds = context.seeds(FRESH)
-    for _ in context.run(step, cache, seeds, "5 dec quant", len(seeds)):
-        pass
+    context.trajectories(step, cache, seeds, "5 dec quant", len(seeds))
     layers = {n: {s: m.to("cpu") for s, m in sorted(handle.layers[n].corrections.items())} for n in names}
     return Correction({s: m.to("cpu") for s, m in maps.items()}, layers)
+
+
+def _accelerated(
+    network: Chunks, call: Call, cache: FeatureCache, maps: dict[int, AffineMap]
+) -> tuple[Tensor, Tensor | None]:
+    """One step of the accelerated network: its output, and the feature of a refresh."""
+    if cache.must_refresh:
+        return network.full(call)
+    return network.cached(call, cache.reuse(maps.get(cache.step))), None
