@@ -32,7 +32,7 @@ def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
     path = Path(folder_or_id)
     local = next((p for p in (path, repository_folder() / path) if p.is_dir()), None)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
+        pipe = _pipeline_class(local).from_pretrained(
             str(local or folder_or_id),
             dtype=torch.float32,
             local_files_only=local is not None,
@@ -50,6 +50,18 @@ def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
     if target.type == "cpu":
         denoiser_of(pipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
     return pipe.to(target)
+
+
+def _pipeline_class(folder: Path | None) -> Any:
+    """The class that a local folder's model_index.json names, if it is ours; else diffusers finds its own."""
+    from diffusers import DiffusionPipeline
+
+    from cachequant.models import pipelines
+
+    if folder is None:
+        return DiffusionPipeline
+    name = str(DiffusionPipeline.load_config(folder)["_class_name"])
+    return getattr(pipelines, name, DiffusionPipeline)
 
 
 def torch_device(name: str) -> torch.device:
