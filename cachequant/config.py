@@ -27,7 +27,10 @@ class ModelConfig:
 
 @dataclass
 class SamplerConfig:
-    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance."""
+    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance.
+
+    `prompts`: text file with one prompt per line. `labels`: class ids, cycled; None spreads the images over all classes.
+    """
 
     steps: int = 100
     eta: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,45 @@ class Generator:
                 raise UserError("this pipeline needs text: set sampler.prompts to a file with one prompt per line")
             wanted["prompt"] = [self.prompts[seed % len(self.prompts)] for seed in seeds]
         elif "class_labels" in accepted:
-            labels = self.sampler.labels or [0]
-            wanted["class_labels"] = [labels[seed % len(labels)] for seed in seeds]
+            wanted["class_labels"] = class_labels(self.sampler.labels, class_count(self.pipe), seeds)
         else:
             wanted["batch_size"] = len(seeds)
         return {key: value for key, value in wanted.items() if key in accepted}
+
+
+def class_count(pipe: Any) -> int | None:
+    """Number of classes that a class-conditional pipeline knows, without the one that stands for none; None if unknown."""
+    denoiser = denoiser_of(pipe)
+    for owner, key in (
+        (getattr(pipe, "class_embedder", None), "num_classes"),
+        (denoiser, "num_embeds_ada_norm"),
+        (denoiser, "num_class_embeds"),
+    ):
+        count = getattr(getattr(owner, "config", None), key, None)
+        if count is not None:
+            return int(count)
+    return None
+
+
+def class_labels(labels: list[int] | None, classes: int | None, seeds: list[int]) -> list[int]:
+    """A class id for each seed: cycled from a list, else spread over all classes.
+
+    Spread means seed·m mod `classes`, m prime to it and near its golden section: few consecutive seeds lie far apart,
+    `classes` consecutive ones are each class once (ImageNet's neighbouring ids are similar animals).
+
+    Raises:
+        UserError: an id that the model lacks, or neither a list nor a number of classes.
+    """
+    if labels:
+        wrong = [label for label in labels if label < 0 or (classes is not None and label >= classes)]
+        if wrong:
+            limit = "at least 0" if classes is None else f"0 to {classes - 1}"
+            raise UserError(f"sampler.labels holds class id {wrong[0]}, expected {limit} for this model: correct it")
+        return [labels[seed % len(labels)] for seed in seeds]
+    if classes is None:
+        raise UserError("this pipeline needs class ids: set sampler.labels to a list of them")
+    stride = next(m for m in range(max(1, round(0.618 * classes)), 2 * classes + 1) if math.gcd(m, classes) == 1)
+    return [seed * stride % classes for seed in seeds]
 
 
 def read_prompts(path: str | None) -> tuple[str, ...]:

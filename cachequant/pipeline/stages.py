@@ -179,6 +179,7 @@ class Stages:
             "seed": config.calibration.seed,
             "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
             "measured": calibration.measured,
+            "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         identity, timesteps = context.identity, context.timesteps
         return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
