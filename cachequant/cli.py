@@ -98,19 +98,19 @@ def stages_of(
 ) -> Any:
     """The stages of a configuration file on its own pipeline; `only` allows just one of them to be computed."""
     from cachequant.config import load_config
-    from cachequant.models.loading import load_pipeline
+    from cachequant.models.loading import load_configured
     from cachequant.pipeline.context import Context
     from cachequant.pipeline.stages import Stages
 
     config = load_config(config_path, overrides)
     if device != "auto":
         config.device = device
-    pipe = load_pipeline(config.model.path, config.device)
-    return Stages.at(Context.of(pipe, config), out, only)
+    return Stages.at(Context.of(load_configured(config), config), out, only)
 
 
 def _run(args: argparse.Namespace) -> None:
     stages = stages_of(args.config, args.set, args.device, args.out)
+    stages.context.generator(sampling=True)  # a prompt list that cannot be had is told now, not behind the calibration
     (plan, _), (samples, images_key) = stages.plan(), stages.samples()
     folder, images = stages.save_plan(), stages.store.root / f"6_sample-{images_key[:12]}"
     print(f"{plan.summary()}\nplan         {folder}\nimages       {images}/grid.png, {samples.seconds:.1f} s")
@@ -130,7 +130,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _sample(args: argparse.Namespace) -> None:
     from cachequant.api import enable
     from cachequant.evaluation.grid import image_grid, save_image
-    from cachequant.models.loading import load_pipeline
+    from cachequant.models.loading import load_configured
     from cachequant.pipeline.sample import draw_enabled
     from cachequant.plan import Plan
     from cachequant.storage import make_folder, save_tensors
@@ -138,7 +138,8 @@ def _sample(args: argparse.Namespace) -> None:
     make_folder(args.out)
     plan = Plan.load(args.plan)
     config = _with_sample_settings(plan.config, args.set)
-    pipe = enable(load_pipeline(config.model.path, args.device), plan)
+    config.device = args.device
+    pipe = enable(load_configured(config), plan)
     samples = draw_enabled(pipe, config)
     save_tensors(args.out / "images.safetensors", {"images": samples.images})
     save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")

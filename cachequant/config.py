@@ -29,9 +29,11 @@ class ModelConfig:
 class SamplerConfig:
     """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance.
 
-    `prompts`: text file with one prompt per line. `labels`: class ids, cycled; None spreads the images over all classes.
+    `scheduler`: own (the pipeline's) or ddim_quadratic (its noise levels at quadratically spaced timesteps). `prompts`:
+    file of `cachequant.models.prompts`. `labels`: class ids, cycled; None spreads the images over all classes.
     """
 
+    scheduler: str = "own"
     steps: int = 100
     eta: float = 0.0
     guidance_scale: float | None = None
@@ -99,7 +101,7 @@ class CalibrationConfig:
     `dps_samples` of them, in whole batches, measure the distances of the schedule; stages 2 and 5 draw `dec_samples` fresh
     ones; None is as many as `samples`. The network sees `batch_size` samples at once, also in free-running fits, where all
     samples advance together; only `correction.layers=all` takes them in one batch, since every layer's fit must be in use
-    before the next layer. `prompts`: text file of the calibration's prompts, None takes the sampler's.
+    before the next layer. `prompts`: the calibration's, disjoint from the sampler's; None takes those.
     """
 
     samples: int = 16
@@ -139,6 +141,7 @@ class RunConfig:
 
 
 _CHOICES = {
+    "sampler.scheduler": ("own", "ddim_quadratic"),
     "schedule.kind": ("uniform", "power", "dps"),
     "schedule.cost": ("l1", "l2", "sampler"),
     "correction.layers": ("none", "consumers", "all"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachequant.config import SamplerConfig, repository_folder
+from cachequant.config import RunConfig, SamplerConfig, repository_folder
 from cachequant.errors import UserError
 from cachequant.models.adapter import denoiser_of
 from cachequant.plan import ModelIdentity
@@ -63,6 +63,26 @@ def _pipeline_class(folder: Path | None) -> Any:
         return DiffusionPipeline
     name = str(DiffusionPipeline.load_config(folder)["_class_name"])
     return getattr(pipelines, name, DiffusionPipeline)
+
+
+def load_configured(config: RunConfig) -> Any:
+    """The pipeline of a configuration, on its device and with its scheduler.
+
+    Raises:
+        UserError: as `load_pipeline`, or a scheduler whose noise levels another one cannot take over.
+    """
+    pipe = load_pipeline(config.model.path, config.device)
+    if config.sampler.scheduler == "ddim_quadratic":
+        from cachequant.models.schedulers import SpacedDDIMScheduler
+
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"sampler.scheduler is ddim_quadratic for a {type(pipe.scheduler).__name__}, expected one with "
+                "alphas_cumprod: leave sampler.scheduler at own"
+            )
+        settings = {"timestep_spacing": "quadratic", "clip_sample": False, "set_alpha_to_one": True}
+        pipe.scheduler = SpacedDDIMScheduler.from_config(pipe.scheduler.config, **settings)
+    return pipe
 
 
 def torch_device(name: str) -> torch.device:
@@ -179,23 +199,3 @@ def class_labels(labels: list[int] | None, classes: int | None, seeds: list[int]
         raise UserError("this pipeline needs class ids: set sampler.labels to a list of them")
     stride = next(m for m in range(max(1, round(0.618 * classes)), 2 * classes + 1) if math.gcd(m, classes) == 1)
     return [seed * stride % classes for seed in seeds]
-
-
-def read_prompts(path: str | None) -> tuple[str, ...]:
-    """Non-empty lines of a prompt file; () for None.
-
-    Raises:
-        UserError: missing or empty file.
-    """
-    if path is None:
-        return ()
-    found = next((p for p in (Path(path), repository_folder() / path) if p.is_file()), None)
-    if found is None:
-        raise UserError(f"no prompt file {path}: expected a text file with one prompt per line")
-    try:
-        lines = tuple(line.strip() for line in found.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}): save it as such") from None
-    if not lines:
-        raise UserError(f"prompt file {path} is empty: expected one prompt per line")
-    return lines

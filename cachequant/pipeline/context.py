@@ -14,7 +14,8 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter, adapter
-from cachequant.models.loading import Generator, identify, read_prompts
+from cachequant.models.loading import Generator, identify
+from cachequant.models.prompts import read_prompts, refuse_shared_prompts
 from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
 from cachequant.plan import ModelIdentity
 
@@ -68,9 +69,18 @@ class Context:
         return len(self.timesteps)
 
     def generator(self, sampling: bool = False) -> Generator:
-        """Calls the pipeline by seeds, on the calibration's prompts or, `sampling`, on the sampler's."""
-        own = None if sampling else self.config.calibration.prompts
-        return Generator(self.pipe, self.config.sampler, read_prompts(own or self.config.sampler.prompts))
+        """Calls the pipeline by seeds, on the calibration's prompts or, `sampling`, on the sampler's.
+
+        Raises:
+            UserError: a list that cannot be read, or one that shares prompts with the calibration's.
+        """
+        sampler, own = self.config.sampler, self.config.calibration.prompts
+        if own is None or sampling:
+            prompts = read_prompts(sampler.prompts)
+            refuse_shared_prompts(read_prompts(own), prompts)
+        else:
+            prompts = read_prompts(own)
+        return Generator(self.pipe, sampler, prompts)
 
     def seeds(self, offset: int = 0, count: int | None = None) -> list[int]:
         """Seeds of calibration trajectories; other offsets give other noise."""

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
-from cachequant.models.loading import Generator, read_prompts
+from cachequant.models.loading import Generator
+from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step

@@ -208,7 +208,7 @@ def test_a_loop_that_never_steps_the_scheduler_is_refused(
     pipe.scheduler.set_timesteps(STEPS)
     x, labels = torch.randn(1, 1, 16, 16), torch.tensor([0])
     pipe.unet(x, pipe.scheduler.timesteps[0], labels)
-    with pytest.raises(cq.UserError, match="without scheduler.step between them"):
+    with pytest.raises(cq.UserError, match=r"without scheduler\.step between them"):
         pipe.unet(x, pipe.scheduler.timesteps[-1], labels)
 
 
@@ -223,7 +223,9 @@ def test_contexts_with_other_conditioning_by_name_are_refused(
     monkeypatch.setattr(pipe, "_predict", predict)
     original = type(pipe.unet).forward
 
-    def forward(self: Any, sample: Tensor, timestep: Any, class_labels: Any = None, mask: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, sample: Tensor, timestep: Any, class_labels: Any = None, mask: Any = None, **kwargs: Any
+    ) -> Any:
         return original(self, sample, timestep, class_labels, **kwargs)
 
     monkeypatch.setattr(type(pipe.unet), "forward", forward)

@@ -56,7 +56,9 @@ def test_the_straddling_group_is_found_and_reported(straddling: Any, configure: 
     plan = cq.calibrate(straddling, configure("cache.branch=1", "method=paper"), tmp_path, quiet=True)
     lines = [line for line in plan.summary().splitlines() if line.startswith("reads it")]
     assert len(lines) == 2
-    assert "conv1: 12 of 16 input channels, one normalisation group holds both halves; corrected on the joint" in lines[0]
+    assert (
+        "conv1: 12 of 16 input channels, one normalisation group holds both halves; corrected on the joint" in lines[0]
+    )
     assert lines[1].endswith("conv_shortcut: 12 of 16 input channels; corrected")
     again = Plan.load(plan.save(tmp_path / "plan"))
     assert again.provenance["consumers"] == plan.provenance["consumers"]

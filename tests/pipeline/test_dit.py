@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import cachequant as cq
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.config import RunConfig
+from cachequant.cli import main
+from cachequant.config import RunConfig, repository_folder
 from cachequant.models.loading import class_labels
 from cachequant.pipeline.calibrate import choose_schedule, gather
 from cachequant.pipeline.context import FRESH, Context
@@ -129,11 +131,15 @@ def test_learned_sigma_is_predicted_but_not_sampled_with(dit: Any, settings: Con
     dit.scheduler.set_timesteps(6)
     labels = torch.tensor([0, 1000])
     with torch.no_grad():
-        out = dit.transformer(torch.randn(2, 4, 8, 8), timestep=dit.scheduler.timesteps[:1].expand(2), class_labels=labels)
+        out = dit.transformer(
+            torch.randn(2, 4, 8, 8), timestep=dit.scheduler.timesteps[:1].expand(2), class_labels=labels
+        )
     assert out.sample.shape == (2, 8, 8, 8)
 
 
-def test_a_run_without_guidance_is_refused_by_a_plan_for_guidance(dit: Any, settings: Configure, tmp_path: Path) -> None:
+def test_a_run_without_guidance_is_refused_by_a_plan_for_guidance(
+    dit: Any, settings: Configure, tmp_path: Path
+) -> None:
     plan = cq.calibrate(dit, settings("method=naive", "quant.enabled=false"), tmp_path, quiet=True)
     cq.enable(dit, plan)
     accelerated = draw(dit)
@@ -161,7 +167,7 @@ def test_layers_are_planned_and_calibrated_by_structure(dit: Any, settings: Conf
 def test_class_ids_are_spread_over_all_classes_and_checked() -> None:
     assert sorted(class_labels(None, 1000, list(range(90_000, 91_000)))) == list(range(1000))
     few = sorted(class_labels(None, 1000, list(range(1243, 1243 + 16))))
-    assert min(b - a for a, b in zip(few, few[1:], strict=False)) > 1000 / 16 / 3
+    assert min(b - a for a, b in itertools.pairwise(few)) > 1000 / 16 / 3
     assert class_labels([7, 8], 10, [0, 1, 2]) == [7, 8, 7]
     for classes in (1, 2, 3, 6, 1000):
         assert set(class_labels(None, classes, list(range(classes)))) == set(range(classes))
@@ -174,5 +180,26 @@ def test_class_ids_are_spread_over_all_classes_and_checked() -> None:
 
 
 def test_a_class_that_the_model_lacks_is_one_line(dit: Any, settings: Configure, tmp_path: Path) -> None:
-    with pytest.raises(cq.UserError, match="sampler.labels holds class id 1000, expected 0 to 999"):
+    with pytest.raises(cq.UserError, match=r"sampler\.labels holds class id 1000, expected 0 to 999"):
         cq.calibrate(dit, settings("sampler.labels=[5,1000]"), tmp_path, quiet=True)
+
+
+def test_the_command_line_says_it_in_one_line_and_goes_on_from_a_folder(
+    dit: Any, settings: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dit.save_pretrained(tmp_path / "model")
+    small = ["sampler.steps=4", "cache.span=[1,2]", "calibration.samples=2", "calibration.dec_samples=2",
+             "calibration.batch_size=2", "sample.count=2", "method=paper", f"model.path={tmp_path / 'model'}"]  # fmt: skip
+    options = [word for item in small for word in ("--set", item)]
+    run = ["run", str(repository_folder() / "configs" / "dit.yaml"), "--device", "cpu", "--out", str(tmp_path / "run")]
+    for change, message in (
+        ("sampler.labels=[1000]", "class id 1000, expected 0 to 999"),
+        ("sampler.steps=1001", "sampler.steps is 1001, expected at most 1000"),
+        ("cache.span=[7,20]", "cache.span is [7, 20], expected"),
+        ("cache.branch=1", "cache.branch is 1 for a DiTTransformer2DModel"),
+    ):
+        assert main([*run, *options, "--set", change]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(lines) == 1 and message in lines[0]
+    assert main([*run, *options]) == 0
+    assert "reads it     transformer_blocks.3.attn1.to_q: 16 of 16 input channels; corrected" in capsys.readouterr().out
