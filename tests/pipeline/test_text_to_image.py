@@ -158,11 +158,12 @@ def test_calibration_has_its_own_prompts(
     assert context.generator(sampling=True).prompts == ("a fox", "a dog")
     seen: list[str] = []
     encode = type(stable_diffusion).encode_prompt
-    monkeypatch.setattr(
-        type(stable_diffusion),
-        "encode_prompt",
-        lambda self, prompt, *a, **k: seen.extend(prompt) or encode(self, prompt, *a, **k),
-    )
+
+    def watched(self: Any, prompt: list[str], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(prompt)
+        return encode(self, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(type(stable_diffusion), "encode_prompt", watched)
     Stages.at(context, tmp_path / "run", quiet=True).plan()
     assert set(seen) == {"a b c"}
     Stages.at(context, tmp_path / "run", quiet=True).samples()
