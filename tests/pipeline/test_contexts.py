@@ -170,8 +170,7 @@ def test_kept_rows_come_from_both_contexts(guided: Callable[[str], Any], configu
     assert (labels == CLASSES).sum() == 2 and all(torch.equal(e.kwargs["class_labels"], labels) for e in inputs)
 
 
-@pytest.mark.parametrize("method", ["paper", "best"])
-@pytest.mark.parametrize("way", ["two calls", "named calls"])
+@pytest.mark.parametrize(("method", "way"), [("paper", "named calls"), ("best", "two calls")])
 def test_plans_are_made_and_run_in_two_calls(
     guided: Callable[[str], Any], configure: Configure, tmp_path: Path, method: str, way: str
 ) -> None:

@@ -124,6 +124,20 @@ def test_interval_one_without_quantisation_is_bit_equal(dit: Any, settings: Conf
     assert torch.equal(draw(dit), reference)
 
 
+def test_a_multistep_solver_takes_the_place_of_ddim(dit: Any, settings: Configure, tmp_path: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    dit.scheduler = DPMSolverMultistepScheduler.from_config(dit.scheduler.config)
+    reference = draw(dit)
+    plan = cq.calibrate(dit, settings("method=best"), tmp_path, quiet=True)
+    cq.enable(dit, plan)
+    accelerated = draw(dit)
+    assert accelerated.isfinite().all() and not torch.equal(accelerated, reference)
+    assert "3 full and 3 cached steps" in cq.report(dit)
+    cq.disable(dit)
+    assert torch.equal(draw(dit), reference)
+
+
 def test_learned_sigma_is_predicted_but_not_sampled_with(dit: Any, settings: Configure, tmp_path: Path) -> None:
     """The network's output has the variance's channels too; a plan must hand all of them to the pipeline."""
     plan = cq.calibrate(dit, settings("method=naive", "quant.enabled=false"), tmp_path, quiet=True)
