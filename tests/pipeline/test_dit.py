@@ -124,6 +124,7 @@ def test_interval_one_without_quantisation_is_bit_equal(dit: Any, settings: Conf
     assert torch.equal(draw(dit), reference)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy 2 in diffusers' scheduler
 def test_a_multistep_solver_takes_the_place_of_ddim(dit: Any, settings: Configure, tmp_path: Path) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
