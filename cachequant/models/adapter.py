@@ -80,12 +80,13 @@ def denoiser_of(pipe: Any) -> nn.Module:
     )
 
 
-def adapter(pipe: Any, branch: int = 0) -> Adapter:
+def adapter(pipe: Any, branch: int | None = None) -> Adapter:
     """The adapter of a pipeline's denoiser (or of a denoiser).
 
     Args:
         pipe: a diffusers pipeline with `.unet`, or the network itself.
-        branch: decoder positions behind the cache site (DeepCache's branch id), 0 keeps only the last.
+        branch: decoder positions behind the cache site (DeepCache's branch id), 0 keeps only the last. None takes the
+            one that the pipeline names as its own (`cache_branch`), else 0.
 
     Raises:
         UserError: unsupported network, or a branch that it does not have.
@@ -94,7 +95,7 @@ def adapter(pipe: Any, branch: int = 0) -> Adapter:
 
     denoiser = denoiser_of(pipe)
     if hasattr(denoiser, "up_blocks") and hasattr(denoiser, "conv_in"):
-        return UNetAdapter(denoiser, branch)
+        return UNetAdapter(denoiser, getattr(pipe, "cache_branch", 0) if branch is None else branch)
     raise UserError(
         f"{type(denoiser).__name__} is not supported, expected UNet2DModel or UNet2DConditionModel: "
         "add an adapter in cachequant/models/"
