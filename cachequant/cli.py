@@ -59,7 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    from cachequant.config import FAMILIES
+
+    text = "an original checkpoint into a diffusers folder"
+    convert = _command(commands, "convert", text, _convert, computes=False)
+    convert.add_argument("checkpoint", type=Path, help=".ckpt, .pt, .pth or .safetensors file, read weights-only")
+    convert.add_argument("out", type=Path, help="new folder")
+    convert.add_argument("--family", required=True, choices=FAMILIES, help="whose checkpoint it is")
+    convert.add_argument("--config", type=Path, help="its original YAML, default that of the released checkpoint")
+    convert.add_argument(
+        "--weights", default="auto", choices=("auto", "ema", "raw"), help="auto: EMA weights wherever the file has them"
+    )
+    convert.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="for sd-v1, whose checkpoint holds none")
+    convert.add_argument("--vae", metavar="FOLDER_OR_ID", help="for dit-xl2, whose checkpoint holds no first stage")
+    convert.epilog = (
+        "--json: {folder, family, weights, parameters: {component: int}, used: int, unused: {reason: [key]}, notes}"
+    )
 
 
 def _command(
@@ -105,7 +125,8 @@ def stages_of(
     config = load_config(config_path, overrides)
     if device != "auto":
         config.device = device
-    return Stages.at(Context.of(load_configured(config), config), out, only)
+    pipe = load_pipeline(config.model, config.device)
+    return Stages.at(Context.of(pipe, config), out, only)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -138,8 +159,7 @@ def _sample(args: argparse.Namespace) -> None:
     make_folder(args.out)
     plan = Plan.load(args.plan)
     config = _with_sample_settings(plan.config, args.set)
-    config.device = args.device
-    pipe = enable(load_configured(config), plan)
+    pipe = enable(load_pipeline(config.model, args.device), plan)
     samples = draw_enabled(pipe, config)
     save_tensors(args.out / "images.safetensors", {"images": samples.images})
     save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")
@@ -176,6 +196,16 @@ def _inspect(args: argparse.Namespace) -> None:
     schedule = {**asdict(plan.schedule), "refresh_steps": list(plan.schedule.refresh_steps)}
     value = {"summary": plan.summary(), "schedule": schedule, "config": config_to_dict(plan.config)}
     _report_json(args, {**value, "provenance": plan.provenance})
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from cachequant.models.original.convert import convert
+
+    made = convert(args.checkpoint, args.family, args.config, args.weights, args.tokenizer, args.vae)
+    made.save(args.out)
+    print(f"{made.summary()}\nfolder       {args.out}")
+    facts = {"family": made.family, "weights": made.weights, "parameters": made.parameters(), "notes": made.notes}
+    _report_json(args, {"folder": str(args.out), **facts, "used": len(made.used), "unused": made.unused})
 
 
 def stage_main(number: int, argv: Sequence[str] | None = None) -> int:

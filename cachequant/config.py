@@ -16,24 +16,33 @@ from yaml import YAMLError
 
 from cachequant.errors import UserError
 
+FAMILIES = ("ddpm-cifar10", "ldm4-bedroom", "ldm8-church", "ldm4-imagenet", "sd-v1", "dit-xl2")
+"""The paper's models."""
+
 
 @dataclass
 class ModelConfig:
-    """Which pretrained pipeline is accelerated. `path`: diffusers folder (relative to the repository) or hub id."""
+    """Which pretrained pipeline is accelerated.
+
+    `path`: diffusers folder (relative to the repository), hub id, or an original checkpoint file. `family`: one of
+    `FAMILIES`; a file needs it, a folder or hub id gets its sampler. `original_config`, `weights`: as in
+    `cachequant convert`, for a file.
+    """
 
     path: str = ""
     name: str = ""
+    family: str = ""
+    original_config: str | None = None
+    weights: str = "auto"
 
 
 @dataclass
 class SamplerConfig:
     """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance.
 
-    `scheduler`: own (the pipeline's) or ddim_quadratic (its noise levels at quadratically spaced timesteps). `prompts`:
-    file of `cachequant.models.prompts`. `labels`: class ids, cycled; None spreads the images over all classes.
+    `prompts`: file of `cachequant.models.prompts`. `labels`: class ids, cycled; None spreads the images over all classes.
     """
 
-    scheduler: str = "own"
     steps: int = 100
     eta: float = 0.0
     guidance_scale: float | None = None
@@ -141,7 +150,8 @@ class RunConfig:
 
 
 _CHOICES = {
-    "sampler.scheduler": ("own", "ddim_quadratic"),
+    "model.family": ("", *FAMILIES),
+    "model.weights": ("auto", "ema", "raw"),
     "schedule.kind": ("uniform", "power", "dps"),
     "schedule.cost": ("l1", "l2", "sampler"),
     "correction.layers": ("none", "consumers", "all"),
@@ -189,12 +199,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         UserError: missing file, YAML that does not parse, unknown key, wrong type, value out of range.
     """
     path = Path(path)
-    own = _read_yaml(path)
+    own = read_yaml(path)
     extra = _parse_overrides(overrides or [])
-    base = _read_yaml(repository_folder() / "configs" / "_base.yaml")
+    base = read_yaml(repository_folder() / "configs" / "_base.yaml")
     try:
         method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
-        method_yaml = _read_yaml(method_path(str(method)))
+        method_yaml = read_yaml(method_path(str(method)))
         _reject_unknown(own, path.name)
         _reject_unknown(method_yaml, f"method {method}")
         _reject_unknown(extra, "--set")
@@ -288,7 +298,12 @@ def _lookup(config: RunConfig, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file of `key: value` lines.
+
+    Raises:
+        UserError: missing, or not such a file.
+    """
     if not path.is_file():
         raise UserError(f"no configuration file {path}; expected a YAML such as configs/fashion.yaml")
     try:

@@ -106,12 +106,13 @@ def denoiser_of(pipe: Any) -> nn.Module:
     )
 
 
-def adapter(pipe: Any, branch: int = 0, span: Sequence[int] | None = None) -> Adapter:
+def adapter(pipe: Any, branch: int | None = None, span: Sequence[int] | None = None) -> Adapter:
     """The adapter of a pipeline's denoiser (or of a denoiser).
 
     Args:
         pipe: a diffusers pipeline with `.unet` or `.transformer`, or the network itself.
-        branch: of a U-Net: decoder positions behind the cache site (DeepCache's branch id), 0 keeps only the last.
+        branch: of a U-Net: decoder positions behind the cache site (DeepCache's branch id), 0 keeps only the last. None
+            takes the one that the pipeline names as its own (`cache_branch`), else 0.
         span: of a transformer: first and last cached block, 0-based; None is the middle half.
 
     Raises:
@@ -127,7 +128,7 @@ def adapter(pipe: Any, branch: int = 0, span: Sequence[int] | None = None) -> Ad
             raise UserError(
                 f"cache.span is {list(span)} for a {kind}, which has no block list: set cache.branch instead"
             )
-        return UNetAdapter(denoiser, branch)
+        return UNetAdapter(denoiser, getattr(pipe, "cache_branch", 0) if branch is None else branch)
     if "DiTTransformer2DModel" in ancestry:
         if branch:
             raise UserError(f"cache.branch is {branch} for a {kind}, which has no decoder: set cache.span instead")
