@@ -118,7 +118,7 @@ def stages_of(
 ) -> Any:
     """The stages of a configuration file on its own pipeline; `only` allows just one of them to be computed."""
     from cachequant.config import load_config
-    from cachequant.models.loading import load_configured
+    from cachequant.models.loading import load_pipeline
     from cachequant.pipeline.context import Context
     from cachequant.pipeline.stages import Stages
 
@@ -151,7 +151,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _sample(args: argparse.Namespace) -> None:
     from cachequant.api import enable
     from cachequant.evaluation.grid import image_grid, save_image
-    from cachequant.models.loading import load_configured
+    from cachequant.models.loading import load_pipeline
     from cachequant.pipeline.sample import draw_enabled
     from cachequant.plan import Plan
     from cachequant.storage import make_folder, save_tensors

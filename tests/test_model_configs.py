@@ -58,7 +58,9 @@ def test_the_yaml_loads_with_any_method_and_says_where_each_value_is_from(name: 
     assert config.model.path and config.calibration.seed == 1243
     assert config.calibration.dps_samples == config.calibration.batch_size
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    sampled = [line for line in lines if re.match(r"  [a-z_]+: ", line) and not re.match(r"  (name|path|family|eta): ", line)]
+    sampled = [
+        line for line in lines if re.match(r"  [a-z_]+: ", line) and not re.match(r"  (name|path|family|eta): ", line)
+    ]
     assert sampled and all(re.search(r"# \[[PRDH]\]", line) for line in sampled)
 
 

@@ -51,6 +51,8 @@ class Call:
 
 
 StepFunction = Callable[[Call], Tensor]
+SCHEDULER_CALLS = ("set_timesteps", "step")
+"""What is listened to on the scheduler."""
 
 
 class RunFinished(Exception):
@@ -80,8 +82,8 @@ class DenoiserHook:
     evaluation is looked up once (an image-to-image run starts later than 0); from there the counter counts evaluations.
     An evaluation ends with `scheduler.step`: all calls before it belong to the same one, each with a context of its own
     (condition and no condition, one after the other). A timestep that the scheduler visits twice, as PLMS does, has two
-    scheduler steps and is two evaluations. Contexts are told apart by the name that the pipeline gives them through
-    diffusers' `cache_context`, else by their order within the evaluation.
+    scheduler steps and is two evaluations. In a loop without it, another timestep begins another evaluation. Contexts are
+    told apart by the name that the pipeline gives them through diffusers' `cache_context`, else by their order.
 
     Args:
         pipe: the pipeline; changed only through instance attributes that `remove` deletes.
@@ -110,7 +112,9 @@ class DenoiserHook:
         self._fresh = self._begun = self._refreshed = False
         self._calls: Counter[Hashable] = Counter()  # of the current evaluation, by the name of their context
         self._name: Hashable = None
-        self._start, self._timestep = 0, None
+        self._timestep: Any = None  # of the current evaluation
+        self._ours: dict[str, Any] = {}  # what stands on the scheduler, and what stood there
+        self._theirs: dict[str, Any] = {}
 
     def install(self) -> DenoiserHook:
         """Take the pipeline's calls from now on.
@@ -121,37 +125,44 @@ class DenoiserHook:
         denoiser, scheduler = self.adapter.denoiser, self.scheduler
         refuse_taken(denoiser)
         self._begun = False
+        self._theirs = {name: vars(scheduler)[name] for name in SCHEDULER_CALLS if name in vars(scheduler)}
+        begin, move = scheduler.set_timesteps, scheduler.step
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        @functools.wraps(scheduler.set_timesteps)  # pipelines look at its signature
+        @functools.wraps(begin)  # pipelines look at its signature
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            result = type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+            result = begin(*args, **kwargs)
             self._begin()
             return result
 
-        @functools.wraps(scheduler.step)
+        @functools.wraps(move)
         def step(*args: Any, **kwargs: Any) -> Any:
-            result = type(scheduler).step(scheduler, *args, **kwargs)
+            result = move(*args, **kwargs)
             self._end_evaluation()
+            if self.leave and self.cache.step >= self.cache.schedule.num_steps:
+                raise RunFinished
             return result
 
         forward.cachequant_hook = self  # type: ignore[attr-defined]
         denoiser.forward = forward  # type: ignore[method-assign]
-        scheduler.set_timesteps, scheduler.step = set_timesteps, step
+        self._ours = dict(zip(SCHEDULER_CALLS, (set_timesteps, step), strict=True))
+        vars(scheduler).update(self._ours)
         if hasattr(type(denoiser), "cache_context"):
             denoiser.cache_context = self._named_context  # type: ignore[assignment]
         return self
 
     def remove(self) -> None:
-        """Give the pipeline back as it was."""
-        for owner, names in (
-            (self.adapter.denoiser, ("forward", "cache_context")),
-            (self.scheduler, ("set_timesteps", "step")),
-        ):
-            for name in names:
-                vars(owner).pop(name, None)
+        """Give the pipeline back as it was; what somebody put over ours in the meantime stays."""
+        self._end_evaluation()
+        for name in ("forward", "cache_context"):
+            vars(self.adapter.denoiser).pop(name, None)
+        for name, ours in self._ours.items():
+            if vars(self.scheduler).get(name) is ours:
+                del vars(self.scheduler)[name]
+                vars(self.scheduler).update({name: self._theirs[name]} if name in self._theirs else {})
+        self._ours = {}
 
     def __enter__(self) -> DenoiserHook:
         return self.install()
@@ -177,21 +188,21 @@ class DenoiserHook:
                 f"this run has {len(found)} evaluations from timestep {found[0]}, the plan expects {len(self.expected)} "
                 f"from {self.expected[0]}: use the plan's number of steps and scheduler, or calibrate for these"
             )
+        self._end_evaluation()
         self.cache.reset()
         self._fresh = self._begun = True
-        self._calls.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(self.adapter.denoiser, *args, **kwargs).arguments
         names = list(self._signature.parameters)[1:3]
         extra = {k: v for k, v in bound.items() if k not in ("self", "return_dict", "kwargs", *names)}
-        context = (self._name, self._calls[self._name])
-        conditioning = {**extra, **bound.get("kwargs", {})}
-        call = Call(bound[names[0]], bound[names[1]], conditioning, context, opens=not self._calls.total())
+        timestep = bound[names[1]]
+        if self._calls.total() and not self._same_entry(timestep):
+            self._end_evaluation()
+        context, conditioning = (self._name, self._calls[self._name]), {**extra, **bound.get("kwargs", {})}
+        call = Call(bound[names[0]], timestep, conditioning, context, opens=not self._calls.total())
         if call.opens:
             self._open_evaluation(call)
-        elif self.cache.step == self._start:
-            self._refuse_another_timestep(call)
         self._calls[self._name] += 1
         self.cache.context = call.context
         output = self.step(call)
@@ -217,28 +228,31 @@ class DenoiserHook:
         position = (self.scheduler.timesteps == first).nonzero()
         if self.check is not None:
             self.check(call)
-        self._start = int(position[0]) if len(position) else 0
-        self.cache.reset(self._start)
+        self.cache.reset(int(position[0]) if len(position) else 0)
         self._fresh = False
 
-    def _refuse_another_timestep(self, call: Call) -> None:
-        """Calls of one evaluation have one timestep; looked at in a run's first evaluation only: it waits for the GPU."""
-        if bool(_first(call.timestep).cpu() != _first(self._timestep).cpu()):
-            raise UserError(
-                "two denoiser calls at different timesteps without scheduler.step between them, expected one step behind "
-                "every evaluation: let the loop call it on the scheduler that was enabled"
-            )
+    def _same_entry(self, timestep: Any) -> bool:
+        """Whether a timestep is the current evaluation's: the same entry of the scheduler's table, or an equal value."""
+        known, table = self._timestep, self.scheduler.timesteps
+        if known is timestep:
+            return True
+        if _shares_memory(known, table) and _shares_memory(timestep, table):
+            return bool(known.data_ptr() == timestep.data_ptr())  # PLMS repeats a value in another entry
+        return bool(_first(known).cpu() == _first(timestep).cpu())
 
     def _end_evaluation(self) -> None:
-        """The scheduler took its step: the next call is the next evaluation."""
-        if not self._calls.total():  # a step without an evaluation of ours
+        """Count the evaluation that is open, if one is: the next call opens another."""
+        if not self._calls.total():
             return
         self._calls.clear()
         self.cache.advance(self._refreshed)
         if self.cache.step >= self.cache.schedule.num_steps:
             self.cache.clear()  # the run is over: nothing to hold memory for
-            if self.leave:
-                raise RunFinished
+
+
+def _shares_memory(value: Any, table: Tensor) -> bool:
+    """Whether a value is a view into a table; the device is not waited for."""
+    return isinstance(value, Tensor) and value.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
 def _first(timestep: Any) -> Tensor:

@@ -198,17 +198,59 @@ def test_a_context_that_sits_out_a_refresh_is_refreshed_when_it_returns(
     assert cache.must_refresh
 
 
-def test_a_loop_that_never_steps_the_scheduler_is_refused(
-    guided: Callable[[str], Any], configure: Configure, tmp_path: Path
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_loop_that_never_steps_the_scheduler_counts_its_timesteps(
+    guided: Callable[[str], Any], configure: Configure, tmp_path: Path, copies: bool
 ) -> None:
     pipe = guided("two calls")
+    plms = isinstance(pipe.scheduler, PNDMScheduler)
     config = settings(configure, "method=naive", "quant.enabled=false")
-    cq.enable(pipe, cq.calibrate(pipe, config, tmp_path, quiet=True))
+    plan = cq.calibrate(pipe, config, tmp_path, quiet=True)
+    cq.enable(pipe, plan)
+    state = vars(pipe.unet)["_cachequant"]
     pipe.scheduler.set_timesteps(STEPS)
-    x, labels = torch.randn(1, 1, 16, 16), torch.tensor([0])
-    pipe.unet(x, pipe.scheduler.timesteps[0], labels)
-    with pytest.raises(cq.UserError, match=r"without scheduler\.step between them"):
-        pipe.unet(x, pipe.scheduler.timesteps[-1], labels)
+    x, label = torch.randn(1, 1, 16, 16), torch.tensor([0])
+    table = pipe.scheduler.timesteps.tolist() if copies else pipe.scheduler.timesteps
+    with torch.no_grad():
+        for t in table:
+            for _ in range(2):
+                pipe.unet(x, t, label)
+    merged = copies and plms  # a repeated value that is not an entry of the table looks like two more calls
+    assert state.cache.step == plan.schedule.num_steps - 1 - merged
+    cq.disable(pipe)
+    refreshes = len(plan.schedule.refresh_steps)
+    if not merged:
+        assert (state.cache.full_steps, state.cache.cached_steps) == (refreshes, plan.schedule.num_steps - refreshes)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_somebody_elses_wrapper_of_the_scheduler_is_called_and_left_in_place(
+    guided: Callable[[str], Any], configure: Configure, tmp_path: Path, when: str
+) -> None:
+    pipe = guided("doubled")
+    plan = cq.calibrate(pipe, settings(configure, "method=naive", "quant.enabled=false"), tmp_path, quiet=True)
+    if when == "after":
+        cq.enable(pipe, plan)
+    seen: list[Tensor] = []
+    inner = pipe.scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = inner(*args, **kwargs)
+        seen.append(made[0] if isinstance(made, tuple) else made.prev_sample)
+        return made
+
+    pipe.scheduler.step = step
+    if when == "before":
+        cq.enable(pipe, plan)
+    draw(pipe)
+    assert len(seen) == plan.schedule.num_steps
+    refreshes = len(plan.schedule.refresh_steps)
+    assert f"{refreshes} full and {plan.schedule.num_steps - refreshes} cached" in cq.report(pipe)
+    cq.disable(pipe)
+    assert vars(pipe.scheduler)["step"] is step and "set_timesteps" not in vars(pipe.scheduler)
+    reference = draw(pipe)
+    del pipe.scheduler.step
+    assert torch.equal(draw(pipe), reference)
 
 
 def test_contexts_with_other_conditioning_by_name_are_refused(
