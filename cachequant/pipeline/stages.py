@@ -68,7 +68,7 @@ class Stages:
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
-            "prompts": list(context.generator.prompts),
+            "prompts": list(context.generator().prompts),
             "cache": asdict(config.cache),
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
@@ -180,6 +180,7 @@ class Stages:
             "seed": config.calibration.seed,
             "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
             "measured": calibration.measured,
+            "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         identity, timesteps = context.identity, context.timesteps
         return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
@@ -195,9 +196,9 @@ class Stages:
     def samples(self) -> tuple[Samples, str]:
         """Stage 6: images of the plan."""
         plan, parent = self.plan()
-        sample = self.context.config.sample
+        sample, prompts = self.context.config.sample, self.context.generator(sampling=True).prompts
         seeds = list(range(sample.seed, sample.seed + sample.count))
-        inputs = {"parent": parent, "sample": asdict(sample)}
+        inputs = {"parent": parent, "sample": asdict(sample), "prompts": list(prompts)}
         return self.store.obtain(
             6,
             "sample",
