@@ -112,7 +112,9 @@ def make_tokenizer(names: list[str]) -> Any:
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
     corpus = [prompt(name, style) for name in names for style in (None, *SETS)]
-    trainer = trainers.BpeTrainer(vocab_size=10**6, max_token_length=None, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6, max_token_length=None, end_of_word_suffix="</w>", show_progress=False
+    )
     learner.train_from_iterator(corpus, trainer)
     merges = _merges(learner)[:MERGES]
     alphabet = sorted(_byte_alphabet())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +23,8 @@ FASHION_LABELS = (
 
 FASHION_DATA = "Fashion-MNIST, 60,000 training images (Zalando Research, MIT licence), no augmentation"
 
-FRECHET_NOTE = """The distance is over the 128 features of `assets/fashion-cnn`, and compares only with distances over them; the
-feature network was trained on the training images.
+FRECHET_NOTE = """The distance is over the 128 features of `assets/fashion-cnn`, and compares only with distances over them;
+the feature network was trained on the training images.
 """
 
 
@@ -81,9 +82,39 @@ def sample_classes(pipe: Any, labels: Sequence[int], batch_size: int, seed: int,
     for begin in range(0, len(labels), batch_size):
         print(f"sampling {begin}/{len(labels)}", flush=True)
         batch = list(labels[begin : begin + batch_size])
-        images = pipe(class_labels=batch, generator=generator, output_type="np", **arguments).images
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            images = pipe(class_labels=batch, generator=generator, output_type="np", **arguments).images
         batches.append(torch.from_numpy(images).permute(0, 3, 1, 2) * 2.0 - 1.0)
     return torch.cat(batches)
+
+
+def add_sample_options(parser: argparse.ArgumentParser, steps: int) -> None:
+    """How Fashion-MNIST's miniatures are evaluated, and where the data is."""
+    parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's idx files")
+    parser.add_argument("--samples", type=int, default=10_000, help="samples to evaluate; 0: no evaluation")
+    parser.add_argument("--sample-steps", type=int, default=steps, help="DDIM steps of the evaluation")
+    parser.add_argument("--sample-batch", type=int, default=1000)
+    parser.add_argument("--sample-seed", type=int, default=1)
+
+
+def evaluate_classes(pipe: Any, train_images: Tensor, options: argparse.Namespace, guidance_scale: float) -> Quality:
+    """Samples every class equally often; writes ten of each as `samples.png`; their distance to the test set."""
+    classes = len(FASHION_LABELS)
+    images = sample_classes(
+        pipe,
+        [i % classes for i in range(options.samples)],
+        options.sample_batch,
+        options.sample_seed,
+        guidance_scale=guidance_scale,
+        num_inference_steps=options.sample_steps,
+    )
+    rows = {name: images[i::classes][: min(10, len(images) // classes)] for i, name in enumerate(FASHION_LABELS)}
+    save_grid(rows, options.out / "samples.png")
+    quality = fashion_quality(
+        images, train_images, options.data, options.sample_steps, options.sample_seed, options.device
+    )
+    print(f"Fréchet FashionCNN distance {quality.distance:.3f} (floor {quality.floor:.3f}); {options.out}")
+    return quality
 
 
 def save_grid(rows: dict[str, Tensor], path: Path, scale: int = 1) -> None:

@@ -20,6 +20,7 @@ from publish import (
     FASHION_DATA,
     FRECHET_NOTE,
     Quality,
+    add_sample_options,
     fashion_quality,
     quality_record,
     save_grid,
@@ -27,7 +28,7 @@ from publish import (
     write_card,
 )
 from torch import Tensor
-from training import Averaged, facts, half, load_exported, parser, train
+from training import Averaged, facts, half, load_exported, parser, train, warm_up
 
 from cachequant.errors import UserError
 from cachequant.evaluation.fashion_mnist import load_fashion_mnist, to_model_range
@@ -87,11 +88,7 @@ def make_scheduler() -> DDIMScheduler:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__, "fashion-ddpm", steps=20_000, batch_size=512, lr=4e-4)
-    options.add_argument("--data", type=Path, help="folder with Fashion-MNIST's idx files")
-    options.add_argument("--samples", type=int, default=10_000, help="samples to evaluate; 0: no evaluation")
-    options.add_argument("--sample-steps", type=int, default=100, help="DDIM steps of the evaluation")
-    options.add_argument("--sample-batch", type=int, default=1000)
-    options.add_argument("--sample-seed", type=int, default=1)
+    add_sample_options(options, steps=100)
     return options.parse_args(argv)
 
 
@@ -121,8 +118,8 @@ def sample(pipe: DDIMPipeline, count: int, steps: int, batch_size: int, seed: in
 def card(module: Denoiser, quality: Quality | None) -> None:
     """The model card and `training.json`."""
     made = facts(module)
-    text = f"""An unconditional denoiser of {made["parameters"]:,} parameters for `diffusers.DDIMPipeline`, 32 × 32 pixels, one
-channel: 28 × 28 images with 2 pixels of -1 all round. Made for tests and demonstrations of CacheQuant.
+    text = f"""An unconditional denoiser of {made["parameters"]:,} parameters for `diffusers.DDIMPipeline`, 32 × 32 pixels,
+one channel: 28 × 28 images with 2 pixels of -1 all round. Made for tests and demonstrations of CacheQuant.
 TABLE
 {FRECHET_NOTE if quality else ""}
 Made by `scripts/train/train_ddpm.py`.
@@ -147,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet = make_unet()
     load_exported({"unet": unet}, options.start_from)
     module = Denoiser(unet, train_images, options)
+    warm_up(module, options)
     train(module, options, lambda: export(module.ema, options.out))
     card(module, quality=None)
     if options.samples == 0:

@@ -154,6 +154,17 @@ class Export(Callback):
             self.export()
 
 
+def warm_up(module: Averaged, options: argparse.Namespace) -> None:
+    """Compiles the network where --compile says so, by one loss and its gradient on the device; no weight changes."""
+    if options.compile:
+        module.compiled.compile()
+        module.to(options.device)
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+            loss = module.loss()
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+
 def train(module: Averaged, options: argparse.Namespace, export: Callable[[], None]) -> None:
     """Trains to the step or time budget; leaves `last.ckpt` in the run folder and an export of the averaged weights.
 
@@ -168,8 +179,6 @@ def train(module: Averaged, options: argparse.Namespace, export: Callable[[], No
     last = options.run / "last.ckpt"
     if options.resume and not last.is_file():
         raise UserError(f"no checkpoint {last}; expected one for --resume: train without it first")
-    if options.compile:
-        module.compiled.compile()
     trainer = pl.Trainer(
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
@@ -188,6 +197,7 @@ def train(module: Averaged, options: argparse.Namespace, export: Callable[[], No
             TQDMProgressBar(refresh_rate=50),
         ],
         logger=False,
+        benchmark=options.device == "cuda",
         enable_model_summary=False,
     )
     trainer.fit(module, Ticks(), ckpt_path=last if options.resume else None)
@@ -202,7 +212,9 @@ def precision(options: argparse.Namespace) -> str:
 
 def half(network: nn.Module) -> Any:
     """A float16 copy of a network, as it is published."""
-    return copy.deepcopy(network).to("cpu", torch.float16).to(memory_format=torch.contiguous_format)
+    copied = copy.deepcopy(network)
+    nn.Module.to(copied, "cpu", torch.float16)  # not diffusers' own `to`, which warns
+    return copied.to(memory_format=torch.contiguous_format)
 
 
 def load_exported(parts: dict[str, nn.Module], folder: Path | None) -> None:
