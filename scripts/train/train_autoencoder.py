@@ -135,7 +135,6 @@ class Autoencoder(Averaged):
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
         return x
 
-    @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: int, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         step = self.global_step
@@ -143,13 +142,14 @@ class Autoencoder(Averaged):
         if isinstance(self.network, VQModel) and revive:
             self.revive_codes()
 
+    @torch.no_grad()
     def revive_codes(self) -> None:
         """Moves every code that no latent chose lately to a random latent: a codebook begins in one point and would
         stay there."""
         z = self.network.encode(self.batch()).latents.float()  # [B, 3, h, w]
         candidates = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # [B·h·w, 3]
         dead = ~self.code_used
-        picked = candidates[torch.randperm(len(candidates), device=z.device)[: len(dead)]]  # [CODES, 3]
+        picked = candidates[torch.randint(len(candidates), (len(dead),), device=z.device)]  # [CODES, 3]
         for network in (self.network, self.ema):
             codes = network.quantize.embedding.weight
             codes.copy_(torch.where(dead[:, None], picked, codes))

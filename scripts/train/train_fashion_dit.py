@@ -144,6 +144,7 @@ def export(module: Denoiser, first_stage: AutoencoderKL, folder: Path) -> None:
     """Writes the pipeline as a diffusers folder in float16."""
     names = {i: label for i, label in enumerate(FASHION_LABELS)}
     pipe = DiTPipeline(half(module.ema["transformer"]), half(first_stage), make_scheduler(), id2label=names)
+    pipe.register_to_config(id2label=names)
     pipe.save_pretrained(folder, safe_serialization=True)
 
 
