@@ -28,6 +28,7 @@ SCRIPTS = Path(__file__).resolve().parent
 REPOSITORY = SCRIPTS.parents[1]
 FIRST_STAGES = {"fashion-ldm": "vqvae", "fashion-dit": "vae", "drawings-sd": "vae"}
 JUDGE = "drawings-clip"
+COMPILE = "--compile"
 SAMPLING_SECONDS = 75
 PACKING_SECONDS = 12
 STATUS_SECONDS = 20
@@ -35,19 +36,20 @@ STATUS_SECONDS = 20
 
 @dataclass
 class Job:
-    """One program, its log and its process."""
+    """One program, the second at which its training ends, its log and its process."""
 
     name: str
     arguments: list[str]
+    until: float
     log: Path
     process: subprocess.Popen[bytes] | None = None
     file: IO[bytes] | None = None
 
-    def start(self, environment: dict[str, str]) -> None:
+    def start(self, elapsed: float, environment: dict[str, str]) -> None:
         """Runs it in the background."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.log.open("wb")
-        command = [sys.executable, "-u", *self.arguments]
+        self.file = self.log.open("ab")
+        command = [sys.executable, "-u", *self.arguments, "--minutes", f"{(self.until - elapsed) / 60.0:.3f}"]
         self.process = subprocess.Popen(command, stdout=self.file, stderr=subprocess.STDOUT, env=environment)
 
     def state(self) -> str:
@@ -56,6 +58,10 @@ class Job:
         lines = self.log.read_bytes()[-2000:].decode(errors="replace").replace("\r", "\n").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"{'runs' if code is None else f'exit {code}'}: {last[-110:]}"
+
+    def crashed(self) -> bool:
+        """Whether it ended with an error."""
+        return self.process is not None and self.process.poll() not in (None, 0)
 
     def stop(self) -> None:
         """Ends it if it still runs."""
@@ -70,37 +76,42 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     """The programs that are left to run."""
     logs = options.work / "logs"
 
-    def minutes(share: float) -> list[str]:
-        return ["--minutes", f"{share * options.seconds / 60.0:.3f}"]
-
-    until = 1.0 - SAMPLING_SECONDS / options.seconds
     common = ["--device", options.device]
     common += ["--batch-size", str(options.batch_size)] if options.batch_size else []
     result = []
+
+    def add(title: str, script: str, share: float, *arguments: str) -> None:
+        command = [str(SCRIPTS / script), *arguments, *common]
+        result.append(Job(title, command, share * options.seconds, logs / f"{title}.log"))
+
     for name in options.only:
-        data = ["--data", str(options.drawings if name.startswith("drawings") else options.fashion)]
+        out, drawings = str(options.work / name), name.startswith("drawings")
+        data = ("--data", str(options.drawings if drawings else options.fashion))
         if name == JUDGE:
-            arguments = [str(SCRIPTS / "train_drawings_clip.py"), *minutes(0.4), *common, *data]
-            result.append(Job(name, [*arguments, "--out", str(options.work / name)], logs / f"{name}.log"))
+            add(name, "train_drawings_clip.py", 0.4, *data, "--out", out)
             continue
         first_stage = options.work / name / FIRST_STAGES[name]
-        share = 0.25 if name.startswith("drawings") else 0.15
+        share = 0.25 if drawings else 0.15
         if not (first_stage / "training.json").is_file():
-            arguments = [str(SCRIPTS / "train_autoencoder.py"), name, *minutes(share), *common, *data]
-            title = f"{name}-autoencoder"
-            result.append(Job(title, [*arguments, "--out", str(first_stage)], logs / f"{title}.log"))
-        script = SCRIPTS / f"train_{name.replace('-', '_')}.py"
-        arguments = [str(script), *minutes(until), *common, *data, "--out", str(options.work / name)]
-        arguments += ["--wait", f"{(share + 0.2) * options.seconds / 60.0:.3f}", "--checkpoint-every", "1000"]
-        arguments += ["--judge", str(options.work / JUDGE)] if name.startswith("drawings") else []
-        arguments += ["--samples", str(options.samples)] if name.startswith("fashion") else []
-        arguments += ["--compile"] if options.device == "cuda" else []
-        if options.start_from:
-            arguments += ["--start-from", str(options.start_from / name)]
-        if options.resume and (REPOSITORY / "runs" / name / "last.ckpt").is_file():
-            arguments += ["--resume"]
-        result.append(Job(name, arguments, logs / f"{name}.log"))
+            add(f"{name}-autoencoder", "train_autoencoder.py", share, name, *data, "--out", str(first_stage))
+        arguments = [*data, "--out", out, "--wait", f"{options.seconds / 60.0:.3f}"]
+        arguments += ["--judge", str(options.work / JUDGE)] if drawings else ["--samples", str(options.samples)]
+        arguments += ["--checkpoint-every", "1000"]
+        arguments += [COMPILE] if options.device == "cuda" else []
+        arguments += ["--start-from", str(options.start_from / name)] if options.start_from else []
+        resumed = options.resume and (REPOSITORY / "runs" / name / "last.ckpt").is_file()
+        arguments += ["--resume"] if resumed else []
+        add(name, f"train_{name.replace('-', '_')}.py", 1.0 - SAMPLING_SECONDS / options.seconds, *arguments)
     return result
+
+
+def retry(crashed: list[Job], elapsed: float, environment: dict[str, str]) -> None:
+    """Starts programs that crashed while compiled once more, uncompiled."""
+    for job in crashed:
+        if COMPILE in job.arguments and elapsed < job.until:
+            print(f"{job.name} failed, again without {COMPILE}: {job.state()}", flush=True)
+            job.arguments.remove(COMPILE)
+            job.start(elapsed, environment)
 
 
 def adopt(options: argparse.Namespace) -> None:
@@ -140,14 +151,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.start_from:
         adopt(options)
     running = jobs(options)
-    environment = {"PYTHONPATH": str(REPOSITORY), "TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4"}
-    environment = {**environment, **os.environ}
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     for job in running:
-        job.start(environment)
+        job.start(time.monotonic() - begin, environment)
     end = begin + options.seconds - PACKING_SECONDS
     next_status = begin
     while time.monotonic() < end and any(job.process and job.process.poll() is None for job in running):
+        retry([job for job in running if job.crashed()], time.monotonic() - begin, environment)
         if time.monotonic() >= next_status:
             next_status += STATUS_SECONDS
             print(f"-- {time.monotonic() - begin:.0f} s", flush=True)
