@@ -27,7 +27,7 @@ def packages(tmp_path: Path) -> Path:
     import drawings
 
     entries = [
-        {"name": f"THING {chr(65 + i // 26)}{chr(65 + i % 26)}", "unified": f"{i:04X}", "image": f"{i:04x}.png", "category": "Objects"}
+        {"name": f"THING {i // 10} {i % 10}", "unified": f"{i:04X}", "image": f"{i:04x}.png", "category": "Objects"}
         for i in range(40)
     ]  # fmt: skip
     entries.append({"name": "A FLAG", "unified": "FFFF", "image": "ffff.png", "category": "Flags"})
