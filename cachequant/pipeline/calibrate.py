@@ -15,6 +15,7 @@ from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.inputs import KeptInputs, StepInput
+from cachequant.pipeline.spread import Spread, denoised_factors
 from cachequant.pipeline.step import accelerated_step
 from cachequant.schedule import DistanceBand, dps_schedule, num_groups, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
@@ -28,6 +29,7 @@ class Calibration:
         band: [T, L] distances of `DistanceBand`.
         cost: how they were measured.
         weights: [T] weight of a squared feature error at each step under the "sampler" cost, else ones.
+        spread: [T, C] deviation of the denoised predictions of `Context.paired_seeds`.
         inputs: one entry per step, rows evenly spaced over all samples.
         measured: seconds of the trajectories and of DPS, peak bytes of the ring.
     """
@@ -35,6 +37,7 @@ class Calibration:
     band: Tensor
     cost: str
     weights: Tensor
+    spread: Tensor
     inputs: tuple[StepInput, ...]
     measured: dict[str, float]
 
@@ -48,6 +51,7 @@ def gather(context: Context) -> Calibration:
     gains = SamplerGains(context) if config.schedule.cost == "sampler" else None
     rows = max(settings.refresh_inputs, settings.cached_inputs)
     inputs = KeptInputs(context.num_steps, settings.samples, min(settings.batch_size, settings.samples), rows)
+    spread, paired_batches = Spread(denoised_factors(context)), len(context.paired_seeds) / settings.batch_size
     clock, begun = _Stopwatch(context), 0  # batches so far
     measured_batches = -(-(settings.dps_samples or settings.samples) // settings.batch_size)
 
@@ -58,6 +62,8 @@ def gather(context: Context) -> Calibration:
         inputs.take(cache.step, call)
         with clock.part("trajectories"):
             output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
+        if begun <= paired_batches:
+            spread.update(cache.step, call.x, output)
         if begun > measured_batches:
             return output
         with clock.part("dps"):
@@ -72,7 +78,7 @@ def gather(context: Context) -> Calibration:
     measured = {f"{name}_seconds": value for name, value in clock.seconds.items()}
     measured["ring_bytes"] = float(sum(band.peak_bytes for band in bands.values()))
     distances = sum((band.values for band in bands.values()), torch.zeros(()))
-    return Calibration(distances, cost, weights, inputs.joined(), measured)
+    return Calibration(distances, cost, weights, spread.deviation, inputs.joined(), measured)
 
 
 class SamplerGains:

@@ -89,8 +89,15 @@ class Context:
 
     @property
     def fresh_seeds(self) -> list[int]:
-        """Seeds of the trajectories of stages 2 and 5."""
+        """Seeds of the trajectories of stage 2, and of stage 5 in full precision."""
         return self.seeds(FRESH, self.config.calibration.dec_samples)
+
+    @property
+    def paired_seeds(self) -> list[int]:
+        """Seeds of stage 1, in whole batches, on which stage 5 free-runs: its noise has been seen in full precision."""
+        settings = self.config.calibration
+        batches = -(-(settings.dec_samples or settings.samples) // settings.batch_size)
+        return self.seeds()[: batches * settings.batch_size]
 
     def run(
         self,

