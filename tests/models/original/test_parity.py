@@ -16,7 +16,7 @@ from cachequant.models.original.convert import Conversion
 from cachequant.pipeline.hook import DenoiserHook
 from cachequant.pipeline.step import accelerated_step
 from cachequant.types import AffineMap, Correction, Schedule
-from tests.models.original_checkpoints import GUIDED, Golden, error
+from tests.models.original.reference import GUIDED, Golden, error
 
 ONCE, RUN = 5e-5, 2e-4
 """Tolerances relative to the largest value: a single evaluation, a trajectory."""
