@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel
 from cachequant.cli import main
 from cachequant.config import ModelConfig, SamplerConfig, load_config, repository_folder
 from cachequant.errors import UserError
+from cachequant.models.families import plms_scheduler
 from cachequant.models.loading import Generator, load_pipeline
 from cachequant.models.pipelines import PixelDDIMPipeline
 from tests.models.original.miniature import DDPM, ddpm_weights, write
@@ -85,16 +86,6 @@ def test_what_cannot_be_had_is_one_line(
     assert "expected a diffusers folder with model_index.json" in one_line(capfd, f"model.path={tmp_path}/empty")
 
 
-def test_prompts_without_a_tokenizer_say_so() -> None:
-    class Pipe:
-        tokenizer = None
-
-        def __call__(self, prompt: Any = None) -> None: ...
-
-    with pytest.raises(UserError, match="without its tokenizer: convert it again with --tokenizer"):
-        Generator(Pipe(), SamplerConfig(), ("a fox",))([0])
-
-
 def test_loading_says_nothing(ancestral: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where diffusers would: a first stage that its LDM pipeline does not expect."""
     from diffusers import AutoencoderKL, DDIMScheduler
@@ -106,3 +97,28 @@ def test_loading_says_nothing(ancestral: Path, capfd: pytest.CaptureFixture[str]
     load_pipeline(ModelConfig(str(ancestral.parent / "ldm"), family="ldm8-church"), "cpu")
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")
+
+
+def test_stable_diffusion_comes_without_its_safety_checker(tmp_path: Path) -> None:
+    """Folders name one; it is neither loaded nor missed."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8,), cross_attention_dim=8, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2,
+    )  # fmt: skip
+    settings = {"vocab_size": 517, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    text = CLIPTextModel(CLIPTextConfig(**settings, num_attention_heads=2))
+    stage = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipe = StableDiffusionPipeline(stage, text, None, unet, plms_scheduler(), None, None, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["requires_safety_checker"] = True
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = load_pipeline(ModelConfig(str(tmp_path), family="sd-v1"), "cpu")
+    assert loaded.safety_checker is None
+    assert loaded.tokenizer is None
+    with pytest.raises(UserError, match="without its tokenizer"):
+        Generator(loaded, SamplerConfig(), ("a fox",))([0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,9 @@ class Checkpoint:
             return replace(self, ema={}, stored={}, unused=unused), "raw"
         missing = [name for key, name in self.stored.items() if key not in self.ema]
         if missing:
-            raise UserError(f"{self.name} lacks {missing[0]}: its EMA copy is incomplete; fetch it again, or --weights raw")
+            raise UserError(
+                f"{self.name} lacks {missing[0]}: its EMA copy is incomplete; fetch it again, or --weights raw"
+            )
         unused = {**self.unused, "raw weights, the EMA ones are used": sorted(self.ema)}
         return replace(self, tensors={**self.tensors, **self.ema}, ema={}, unused=unused), "ema"
 
@@ -103,7 +106,8 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in _INERT]):
+        inert = torch.serialization.safe_globals([(Inert, name) for name in _INERT])
+        with inert, warnings.catch_warnings(action="ignore"):  # pickle's protocol, say
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zip raise many kinds for a damaged file
         foreign = re.search(r"GLOBAL ([\w.]+)|Trying to instantiate a class ([\w.<>' ]+)|function ([\w.]+)", str(error))
@@ -143,7 +147,7 @@ def with_ema_apart(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     raw = [k for k in checkpoint.tensors if k.startswith("model.")]
     stored = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in raw}
-    counters = [k for k in ("model_ema.decay", "model_ema.num_updates") if k in checkpoint.tensors]
+    counters: list[str] = [k for k in ("model_ema.decay", "model_ema.num_updates") if k in checkpoint.tensors]
     copies = {*stored.values(), *counters}
     return replace(
         checkpoint,
