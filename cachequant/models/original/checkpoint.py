@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ class Checkpoint:
         name: of the file.
         tensors: everything that is a tensor, the raw weights where there are two sets.
         ema: averaged weights by the names of the raw ones; empty where the file has one set only.
-        stored: what the file itself calls an averaged weight, by the name of the raw one.
+        stored: what the file calls the averaged weight that belongs to a raw one, by the name of the raw one.
         unused: reason -> names of what no network will need.
     """
 
@@ -61,7 +62,7 @@ class Checkpoint:
             weights: "ema", "raw", or "auto" for EMA weights where the file has them.
 
         Raises:
-            UserError: EMA weights are asked for and the file has one set only.
+            UserError: EMA weights are asked for and the file has one set only, or not all of them.
         """
         if not self.ema:
             if weights == "ema":
@@ -70,6 +71,11 @@ class Checkpoint:
         if weights == "raw":
             unused = {**self.unused, "EMA weights, the raw ones are used": sorted(self.stored[k] for k in self.ema)}
             return replace(self, ema={}, stored={}, unused=unused), "raw"
+        missing = [name for key, name in self.stored.items() if key not in self.ema]
+        if missing:
+            raise UserError(
+                f"{self.name} lacks {missing[0]}: its EMA copy is incomplete; fetch it again, or --weights raw"
+            )
         unused = {**self.unused, "raw weights, the EMA ones are used": sorted(self.ema)}
         return replace(self, tensors={**self.tensors, **self.ema}, ema={}, unused=unused), "ema"
 
@@ -85,13 +91,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: expected a .ckpt, .pt, .pth or .safetensors file")
-    tensors, copies, rest = _layout(_read(path))
-    ema = _plain(copies)
-    unused = {"training state beside the weights": rest} if rest else {}
-    checkpoint = Checkpoint(path.name, _plain(tensors), ema, {k: f"ema.{k}" for k in ema}, unused)
-    if not checkpoint.tensors:
+    weights, copies, rest = _layout(_read(path))
+    tensors, ema = _plain(weights), _plain(copies)
+    if not tensors:
         raise UserError(f"{path} holds no weights, expected a state dict of tensors: is it the right file?")
-    return _split_lit_ema(checkpoint)
+    stored = {k: f"ema.{k}" for k in tensors} if ema else {}
+    unused = {"training state beside the weights": rest} if rest else {}
+    return with_ema_apart(Checkpoint(path.name, tensors, ema, stored, unused))
 
 
 def _read(path: Path) -> Any:
@@ -100,7 +106,8 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in _INERT]):
+        inert = torch.serialization.safe_globals([(Inert, name) for name in _INERT])
+        with inert, warnings.catch_warnings(action="ignore"):  # pickle's protocol, say
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zip raise many kinds for a damaged file
         foreign = re.search(r"GLOBAL ([\w.]+)|Trying to instantiate a class ([\w.<>' ]+)|function ([\w.]+)", str(error))
@@ -134,18 +141,18 @@ def _plain(entries: Any) -> dict[str, Tensor]:
     return {k.removeprefix(shared): v for k, v in tensors.items()}
 
 
-def _split_lit_ema(checkpoint: Checkpoint) -> Checkpoint:
+def with_ema_apart(checkpoint: Checkpoint) -> Checkpoint:
     """Take the copy that latent diffusion keeps under `model_ema.`, its names without dots, out of the state dict."""
-    copies = {k: v for k, v in checkpoint.tensors.items() if k.startswith("model_ema.")}
-    if not copies:
+    if not any(k.startswith("model_ema.") for k in checkpoint.tensors):
         return checkpoint
-    tensors = {k: v for k, v in checkpoint.tensors.items() if k not in copies}
-    names = {"model_ema." + k.removeprefix("model.").replace(".", ""): k for k in tensors if k.startswith("model.")}
-    counters = [k for k in copies if k in ("model_ema.decay", "model_ema.num_updates")]
-    stray = [k for k in copies if k not in names and k not in counters]
-    if stray:
-        raise UserError(f"{checkpoint.name}: {stray[0]} has no raw counterpart, expected a copy of a weight of model.*")
-    ema = {names[k]: v for k, v in copies.items() if k in names}
-    stored = {names[k]: k for k in copies if k in names}
-    unused = {**checkpoint.unused, "counters of the EMA": counters} if counters else checkpoint.unused
-    return replace(checkpoint, tensors=tensors, ema=ema, stored=stored, unused=unused)
+    raw = [k for k in checkpoint.tensors if k.startswith("model.")]
+    stored = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in raw}
+    counters: list[str] = [k for k in ("model_ema.decay", "model_ema.num_updates") if k in checkpoint.tensors]
+    copies = {*stored.values(), *counters}
+    return replace(
+        checkpoint,
+        tensors={k: v for k, v in checkpoint.tensors.items() if k not in copies},
+        ema={k: checkpoint.tensors[name] for k, name in stored.items() if name in checkpoint.tensors},
+        stored=stored,
+        unused={**checkpoint.unused, **({"counters of the EMA": counters} if counters else {})},
+    )

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from cachequant.config import FAMILIES
 from cachequant.errors import UserError
@@ -35,13 +34,13 @@ _LATENT_SHAPES = {
     "ldm4-imagenet": "VQ-f4 first stage, conditioning: class",
     "sd-v1": "KL-f8 first stage, conditioning: text",
 }
-_MARKS = {  # the first key that a checkpoint holds decides; what is conditional or quantised comes first
-    "temb.dense.0.weight": "ddpm-cifar10",
-    "blocks.0.adaLN_modulation.1.weight": "dit-xl2",
-    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "sd-v1",
-    "cond_stage_model.embedding.weight": "ldm4-imagenet",
-    "first_stage_model.quantize.embedding.weight": "ldm4-bedroom",
-    "first_stage_model.quant_conv.weight": "ldm8-church",
+_MARKS = {  # the first pattern that begins a key decides: a conditioner says more than a first stage
+    r"temb\.": "ddpm-cifar10",
+    r"blocks\.\d+\.adaLN": "dit-xl2",
+    r"cond_stage_model\.transformer\.": "sd-v1",
+    r"cond_stage_model\.|model\.diffusion_model\..*\.attn2\.": "ldm4-imagenet",
+    r"first_stage_model\.quantize\.": "ldm4-bedroom",
+    r"first_stage_model\.": "ldm8-church",
 }
 
 
@@ -123,7 +122,6 @@ def convert(
     """
     _check_names(family, weights)
     checkpoint = read_checkpoint(path)
-    _check_family(checkpoint, family)
     settings = {} if family == "dit-xl2" and config is None else original_settings(family, config)
     return convert_weights(checkpoint, family, settings, weights, tokenizer, vae)
 
@@ -137,6 +135,7 @@ def convert_weights(
     vae: str | None = None,
 ) -> Conversion:
     """`convert` of a checkpoint and a configuration that were read already; works on the meta device too."""
+    _check_family(checkpoint, family)
     with quiet():
         return _convert(checkpoint, family, settings, weights, tokenizer, vae)
 
@@ -205,10 +204,10 @@ def _check_names(family: str, weights: str) -> None:
 
 def _check_family(checkpoint: Checkpoint, family: str) -> None:
     """Refuse a checkpoint whose keys are those of another family."""
-    tensors: Mapping[str, Tensor] = checkpoint.tensors
-    found = next((name for mark, name in _MARKS.items() if mark in tensors), None)
+    keys = list(checkpoint.tensors)
+    found = next((name for mark, name in _MARKS.items() if any(re.match(mark, k) for k in keys)), None)
     if found is None:
-        some = ", ".join(list(tensors)[:2])
+        some = ", ".join(keys[:2])
         raise UserError(f"{checkpoint.name} holds {some}, …, expected a checkpoint of one of {', '.join(FAMILIES)}")
     if found != family:
         raise UserError(f"{checkpoint.name} is a {found} checkpoint, expected {family}: convert with --family {found}")
