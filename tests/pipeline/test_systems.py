@@ -30,6 +30,8 @@ SMALL = (
     "sample.batch_size=2", "calibration.prompts=null", "correction.inflation=0",
 )  # fmt: skip
 
+ON_ALL = ("schedule.fallback=false", "correction.layers=consumers")
+
 
 def configuration(name: str, golden: Path, folder: Path, *overrides: str) -> RunConfig:
     """The system's YAML with the checkpoint in place of the released one."""
@@ -72,7 +74,7 @@ def complete(pipe: Any, folder: Path) -> Any:
 def test_all_six_stages_run_from_the_systems_own_yaml(
     name: str, method: str, golden_folder: Path, tmp_path: Path
 ) -> None:
-    config = configuration(name, golden_folder, tmp_path, f"method={method}", "schedule.fallback=false")
+    config = configuration(name, golden_folder, tmp_path, f"method={method}", *ON_ALL)
     pipe = complete(load_pipeline(config.model, "cpu"), tmp_path)
     context = Context.of(pipe, config)
     stages = Stages.at(context, tmp_path / "run", quiet=True)
