@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
@@ -114,7 +113,7 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zip raise many kinds for a damaged file
         foreign = re.search(r"GLOBAL ([\w.]+)|Trying to instantiate a class ([\w.<>' ]+)|function ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and foreign:
+        if foreign and "Weights only load failed" in str(error):
             name = next(group for group in foreign.groups() if group)
             raise UserError(
                 f"{path} holds {name}, expected tensors and plain data only: refused, since loading it could run code"
