@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
@@ -69,7 +68,10 @@ class Checkpoint:
                 raise UserError(f"{self.name} holds one set of weights, expected an EMA copy: drop --weights ema")
             return self, "only"
         if weights == "raw":
-            unused = {**self.unused, "EMA weights, the raw ones are used": sorted(self.stored[k] for k in self.ema)}
+            unused = {
+                **self.unused,
+                "EMA weights, the raw ones are used": sorted(self.stored.get(k, f"ema.{k}") for k in self.ema),
+            }
             return replace(self, ema={}, stored={}, unused=unused), "raw"
         missing = [name for key, name in self.stored.items() if key not in self.ema]
         if missing:
@@ -83,8 +85,8 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read .ckpt, .pt, .pth (weights-only unpickling) or .safetensors.
 
-    Known layouts: a state dict; `{"state_dict": …}` of Lightning; `{"model": …, "ema": …, "opt": …}` of DiT; the list
-    [raw, optimiser, epoch, step, EMA] of DDIM. A "module." in front of all names (data parallel) is dropped.
+    Known layouts, each with or without EMA weights: a state dict; `{"state_dict": …}` of Lightning; `{"model": …, "ema": …,
+    "opt": …}` of DiT; the list [raw, optimiser, epoch, step, EMA] of DDIM. A "module." in front of all names is dropped.
 
     Raises:
         UserError: no such file, truncated, objects other than plain data in it, or no weights.
@@ -111,7 +113,7 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zip raise many kinds for a damaged file
         foreign = re.search(r"GLOBAL ([\w.]+)|Trying to instantiate a class ([\w.<>' ]+)|function ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and foreign:
+        if foreign and "Weights only load failed" in str(error):
             name = next(group for group in foreign.groups() if group)
             raise UserError(
                 f"{path} holds {name}, expected tensors and plain data only: refused, since loading it could run code"
@@ -121,14 +123,15 @@ def _read(path: Path) -> Any:
 
 def _layout(content: Any) -> tuple[Any, Any, list[str]]:
     """(weights, EMA weights, names of the rest) of a file's content."""
-    if isinstance(content, list | tuple) and len(content) == 5:
-        return content[0], content[4], ["optimiser state (entry 1)", "epoch (entry 2)", "step (entry 3)"]
+    if isinstance(content, list | tuple) and len(content) in (4, 5):
+        rest = ["optimiser state (entry 1)", "epoch (entry 2)", "step (entry 3)"]
+        return content[0], content[4] if len(content) == 5 else {}, rest
     if not isinstance(content, Mapping):
         return {}, {}, []
-    if isinstance(content.get("state_dict"), Mapping):
-        return content["state_dict"], {}, sorted(str(k) for k in content if k != "state_dict")
-    if isinstance(content.get("model"), Mapping) and isinstance(content.get("ema"), Mapping):
-        return content["model"], content["ema"], sorted(str(k) for k in content if k not in ("model", "ema"))
+    for name in ("state_dict", "model"):
+        if isinstance(content.get(name), Mapping):
+            rest = sorted(str(k) for k in content if k not in (name, "ema"))
+            return content[name], content.get("ema", {}), rest
     return content, {}, sorted(str(k) for k, v in content.items() if not isinstance(v, Tensor))
 
 

@@ -23,7 +23,7 @@ from cachequant.models.original.checkpoint import Checkpoint, read_checkpoint
 from cachequant.models.original.companions import find_first_stage, find_tokenizer
 from cachequant.models.original.keymap import fill
 from cachequant.models.original.recipes import Recipe, ddpm_recipe, dit_recipe, latent_recipe, shape_of
-from cachequant.models.original.settings import need, original_settings
+from cachequant.models.original.settings import buildable, need, original_settings
 from cachequant.storage import make_folder
 
 WEIGHTS = ("auto", "ema", "raw")
@@ -120,7 +120,7 @@ def convert(
     Raises:
         UserError: everything about the file, the family and the configuration that does not fit together.
     """
-    _check_names(family, weights)
+    _check_options(family, weights, tokenizer, vae)
     checkpoint = read_checkpoint(path)
     settings = {} if family == "dit-xl2" and config is None else original_settings(family, config)
     return convert_weights(checkpoint, family, settings, weights, tokenizer, vae)
@@ -149,7 +149,8 @@ def _convert(
     vae: str | None,
 ) -> Conversion:
     checkpoint, chosen = checkpoint.choose(weights)
-    recipe = _recipe(family, settings, checkpoint)
+    with buildable():
+        recipe = _recipe(family, settings, checkpoint)
     parts: dict[str, Any] = {}
     used: set[str] = set()
     for network in recipe.networks:
@@ -195,11 +196,14 @@ def _leftover(recipe: Recipe, checkpoint: Checkpoint, used: set[str]) -> dict[st
     return reasons
 
 
-def _check_names(family: str, weights: str) -> None:
+def _check_options(family: str, weights: str, tokenizer: str | None, vae: str | None) -> None:
     if family not in FAMILIES:
         raise UserError(f"family is {family!r}, expected one of {', '.join(FAMILIES)}")
     if weights not in WEIGHTS:
         raise UserError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    for option, given, owner in (("--tokenizer", tokenizer, "sd-v1"), ("--vae", vae, "dit-xl2")):
+        if given is not None and family != owner:
+            raise UserError(f"{option} is for {owner}, expected none for {family}: drop it")
 
 
 def _check_family(checkpoint: Checkpoint, family: str) -> None:

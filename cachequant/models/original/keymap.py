@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from cachequant.errors import UserError
+from cachequant.models.original.settings import buildable
 
 
 def one_group(_: int) -> int:
@@ -76,7 +77,8 @@ def fill(network: Network, tensors: dict[str, Tensor], where: str) -> tuple[nn.M
     Raises:
         UserError: a weight is missing or has another shape; the first is named.
     """
-    module = network.build()
+    with buildable():
+        module = network.build()
     weights, used = {}, set()
     for name, ours in module.state_dict().items():
         source = network.source(name)

@@ -36,6 +36,8 @@ LAYOUTS = {
     "data parallel": lambda raw, ema: {f"module.{k}": v for k, v in raw.items()},
     "training list": lambda raw, ema: [raw, {"state": {}}, 3, 100, ema],
     "raw and ema": lambda raw, ema: {"model": raw, "ema": ema, "opt": {}, "args": argparse.Namespace(lr=1e-4)},
+    "training list without ema": lambda raw, ema: [raw, {"state": {}}, 3, 100],
+    "raw only": lambda raw, ema: {"model": raw, "opt": {}},
     "lightning": lambda raw, ema: {"state_dict": raw, "global_step": 7, "callbacks": {}},
 }
 
@@ -75,6 +77,13 @@ def test_latent_ema_and_what_is_left_over(tmp_path: Path, weights: str) -> None:
     unused = {key for keys in made.unused.values() for key in keys}
     assert made.used | unused == {*state, "optimizer_states"}
     assert {"betas", "first_stage_model.loss.logvar", "model_ema.decay", "optimizer_states"} <= unused
+
+
+def test_a_stray_counter_is_no_second_set_of_weights(tmp_path: Path) -> None:
+    path, config = write(tmp_path, {**latent_weights(), "model_ema.decay": torch.tensor(0.9)}, LATENT)
+    made = convert(path, "ldm4-bedroom", config)
+    assert made.weights == "only"
+    assert ["model_ema.decay"] in made.unused.values()
 
 
 def test_converting_back_gives_the_checkpoint(tmp_path: Path) -> None:
@@ -168,6 +177,13 @@ def cases(folder: Path) -> dict[str, tuple[list[str], str]]:
         "option unknown": (
             given("l", latent, changed(LATENT, **{f"{unet}num_classes": 10}), ldm), "unet_config.params.num_classes"
         ),
+        "odd width": (
+            given("n", latent, changed(LATENT, **{f"{unet}model_channels": 40}), ldm), "no network can be built"
+        ),
+        "odd levels": (
+            given("o", latent, changed(LATENT, **{f"{unet}channel_mult": 3}), ldm), "no network can be built"
+        ),
+        "other option": ([*small, "--vae", "x/y"], "--vae is for dit-xl2, expected none for ddpm-cifar10"),
         "no EMA": ([*small, "--weights", "ema"], "holds one set of weights, expected an EMA copy"),
         "half an EMA": (
             given("m", [ddpm_weights(), {}, 1, 2, {"conv_in.bias": torch.zeros(32)}], DDPM, "ddpm-cifar10"),
@@ -180,7 +196,7 @@ def cases(folder: Path) -> dict[str, tuple[list[str], str]]:
 NAMES = (
     "other family", "no family", "truncated", "a page", "nothing there", "no YAML", "code", "a module", "no tensors",
     "other channels", "other resolution", "other latents", "other betas", "other first stage", "option missing",
-    "option unknown", "no EMA", "half an EMA", "released sizes",
+    "option unknown", "odd width", "odd levels", "other option", "no EMA", "half an EMA", "released sizes",
 )  # fmt: skip
 
 
