@@ -51,7 +51,7 @@ def gather(context: Context) -> Calibration:
     gains = SamplerGains(context) if config.schedule.cost == "sampler" else None
     rows = max(settings.refresh_inputs, settings.cached_inputs)
     inputs = KeptInputs(context.num_steps, settings.samples, min(settings.batch_size, settings.samples), rows)
-    spread, paired_batches = Spread(denoised_factors(context)), len(context.paired_seeds) / settings.batch_size
+    spread, paired_batches = Spread(denoised_factors(context)), -(-len(context.paired_seeds) // settings.batch_size)
     clock, begun = _Stopwatch(context), 0  # batches so far
     measured_batches = -(-(settings.dps_samples or settings.samples) // settings.batch_size)
 

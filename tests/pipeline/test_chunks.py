@@ -23,11 +23,12 @@ from cachequant.types import AffineMap, Correction
 Configure = Callable[..., RunConfig]
 
 
-def close(one: AffineMap, other: AffineMap) -> bool:
-    """Equal but for activations that rounding moves over a border of their grid, some steps later."""
+def close(one: AffineMap, other: AffineMap, step: int) -> bool:
+    """Equal at the first two steps; later, but for activations that rounding has moved over a border of their grid."""
     columns = (getattr(m, name) for m in (one, other) for name in ("scale", "shift", "previous"))
     values = [torch.zeros(1) if c is None else c for c in columns]
-    return all(torch.allclose(a, b, rtol=1e-3, atol=2e-3) for a, b in zip(values[:3], values[3:], strict=True))
+    slack = 1e-4 if step < 2 else 2e-2
+    return all(torch.allclose(a, b, rtol=1e-3, atol=slack) for a, b in zip(values[:3], values[3:], strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
@@ -61,17 +62,17 @@ def test_free_running_fits_in_chunks_are_those_of_one_batch(pipe: Any, configure
     moments = [gather_moments(context, schedule) for context in (whole, parts)]
     assert set(moments[0]) == set(moments[1]) == {1, 3, 5}
     maps = [solve_maps(sums, 1e-4) for sums in moments]
-    assert all(close(maps[0][step], maps[1][step]) for step in maps[0])
+    assert all(close(maps[0][step], maps[1][step], 0) for step in maps[0])  # nothing is rounded here
     calibration = gather(whole)
     state = calibrate_quantisers(whole, calibration, schedule, Correction(maps[0]))
     fits = [
         fit_quantised(context, schedule, Correction(maps[0]), state, calibration.spread) for context in (whole, parts)
     ]
-    assert all(close(fits[0].cache[step], fits[1].cache[step]) for step in (1, 3, 5))
+    assert all(close(fits[0].cache[step], fits[1].cache[step], step) for step in (1, 3, 5))
     assert set(fits[0].layers) == set(fits[1].layers)
     for name, by_step in fits[0].layers.items():
         assert set(by_step) == set(range(6))
-        assert all(close(by_step[step], fits[1].layers[name][step]) for step in by_step), name
+        assert all(close(by_step[step], fits[1].layers[name][step], step) for step in by_step), name
 
 
 def test_a_fit_of_every_layer_needs_each_before_the_next_and_ignores_the_batch_size(

@@ -102,8 +102,9 @@ def test_the_convolution_is_corrected_on_its_joint_input(straddling: Any, config
     schedule = uniform_schedule(context.num_steps, 2)
     maps = solve_maps(gather_moments(context, schedule), 0.0)
     correction = Correction(maps)
-    state = calibrate_quantisers(context, gather(context), schedule, correction)
-    fitted = fit_quantised(context, schedule, correction, state)
+    calibration = gather(context)
+    state = calibrate_quantisers(context, calibration, schedule, correction)
+    fitted = fit_quantised(context, schedule, correction, state, calibration.spread)
     inputs = product_inputs(context, maps, 2)
     resnet, name = straddling.unet.up_blocks[1].resnets[0], "up_blocks.1.resnets.0.conv1"
     for step, parts in inputs.items():

@@ -99,7 +99,8 @@ def test_all_six_stages_run_and_the_plan_accelerates_the_pipeline(
     dit: Any, settings: Configure, tmp_path: Path, method: str
 ) -> None:
     reference = draw(dit)
-    context = Context.of(dit, settings(f"method={method}"))
+    layers = () if method == "naive" else ("correction.layers=consumers",)
+    context = Context.of(dit, settings(f"method={method}", *layers))
     stages = Stages.at(context, tmp_path / "run", quiet=True)
     samples, _ = stages.samples()
     assert samples.images.shape == (2, 3, 16, 16) and samples.images.isfinite().all()
@@ -107,6 +108,9 @@ def test_all_six_stages_run_and_the_plan_accelerates_the_pipeline(
     if method != "naive":
         assert set(plan.correction.layers) == {f"transformer_blocks.3.attn1.to_{part}" for part in "qkv"}
         assert all(m.scale.shape == (16,) for m in plan.correction.cache.values())
+    # the learned variance in the last four channels is never mapped
+    assert all(m.scale.shape == (4,) for m in plan.correction.output.values())
+    assert bool(plan.correction.output) == (method == "best")
     cq.enable(dit, plan.save(tmp_path / "plan"))
     accelerated = draw(dit)
     assert not torch.equal(accelerated, reference)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +44,7 @@ class Checkpoint:
         name: of the file.
         tensors: everything that is a tensor, the raw weights where there are two sets.
         ema: averaged weights by the names of the raw ones; empty where the file has one set only.
-        stored: what the file itself calls an averaged weight, by the name of the raw one.
+        stored: what the file calls the averaged weight that belongs to a raw one, by the name of the raw one.
         unused: reason -> names of what no network will need.
     """
 
@@ -61,15 +61,23 @@ class Checkpoint:
             weights: "ema", "raw", or "auto" for EMA weights where the file has them.
 
         Raises:
-            UserError: EMA weights are asked for and the file has one set only.
+            UserError: EMA weights are asked for and the file has one set only, or not all of them.
         """
         if not self.ema:
             if weights == "ema":
                 raise UserError(f"{self.name} holds one set of weights, expected an EMA copy: drop --weights ema")
             return self, "only"
         if weights == "raw":
-            unused = {**self.unused, "EMA weights, the raw ones are used": sorted(self.stored[k] for k in self.ema)}
+            unused = {
+                **self.unused,
+                "EMA weights, the raw ones are used": sorted(self.stored.get(k, f"ema.{k}") for k in self.ema),
+            }
             return replace(self, ema={}, stored={}, unused=unused), "raw"
+        missing = [name for key, name in self.stored.items() if key not in self.ema]
+        if missing:
+            raise UserError(
+                f"{self.name} lacks {missing[0]}: its EMA copy is incomplete; fetch it again, or --weights raw"
+            )
         unused = {**self.unused, "raw weights, the EMA ones are used": sorted(self.ema)}
         return replace(self, tensors={**self.tensors, **self.ema}, ema={}, unused=unused), "ema"
 
@@ -77,21 +85,21 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read .ckpt, .pt, .pth (weights-only unpickling) or .safetensors.
 
-    Known layouts: a state dict; `{"state_dict": …}` of Lightning; `{"model": …, "ema": …, "opt": …}` of DiT; the list
-    [raw, optimiser, epoch, step, EMA] of DDIM. A "module." in front of all names (data parallel) is dropped.
+    Known layouts, each with or without EMA weights: a state dict; `{"state_dict": …}` of Lightning; `{"model": …, "ema": …,
+    "opt": …}` of DiT; the list [raw, optimiser, epoch, step, EMA] of DDIM. A "module." in front of all names is dropped.
 
     Raises:
         UserError: no such file, truncated, objects other than plain data in it, or no weights.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: expected a .ckpt, .pt, .pth or .safetensors file")
-    tensors, copies, rest = _layout(_read(path))
-    ema = _plain(copies)
-    unused = {"training state beside the weights": rest} if rest else {}
-    checkpoint = Checkpoint(path.name, _plain(tensors), ema, {k: f"ema.{k}" for k in ema}, unused)
-    if not checkpoint.tensors:
+    weights, copies, rest = _layout(_read(path))
+    tensors, ema = _plain(weights), _plain(copies)
+    if not tensors:
         raise UserError(f"{path} holds no weights, expected a state dict of tensors: is it the right file?")
-    return _split_lit_ema(checkpoint)
+    stored = {k: f"ema.{k}" for k in tensors} if ema else {}
+    unused = {"training state beside the weights": rest} if rest else {}
+    return with_ema_apart(Checkpoint(path.name, tensors, ema, stored, unused))
 
 
 def _read(path: Path) -> Any:
@@ -100,11 +108,12 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in _INERT]):
+        inert = torch.serialization.safe_globals([(Inert, name) for name in _INERT])
+        with inert, warnings.catch_warnings(action="ignore"):  # pickle's protocol, say
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zip raise many kinds for a damaged file
         foreign = re.search(r"GLOBAL ([\w.]+)|Trying to instantiate a class ([\w.<>' ]+)|function ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and foreign:
+        if foreign and "Weights only load failed" in str(error):
             name = next(group for group in foreign.groups() if group)
             raise UserError(
                 f"{path} holds {name}, expected tensors and plain data only: refused, since loading it could run code"
@@ -114,14 +123,15 @@ def _read(path: Path) -> Any:
 
 def _layout(content: Any) -> tuple[Any, Any, list[str]]:
     """(weights, EMA weights, names of the rest) of a file's content."""
-    if isinstance(content, list | tuple) and len(content) == 5:
-        return content[0], content[4], ["optimiser state (entry 1)", "epoch (entry 2)", "step (entry 3)"]
+    if isinstance(content, list | tuple) and len(content) in (4, 5):
+        rest = ["optimiser state (entry 1)", "epoch (entry 2)", "step (entry 3)"]
+        return content[0], content[4] if len(content) == 5 else {}, rest
     if not isinstance(content, Mapping):
         return {}, {}, []
-    if isinstance(content.get("state_dict"), Mapping):
-        return content["state_dict"], {}, sorted(str(k) for k in content if k != "state_dict")
-    if isinstance(content.get("model"), Mapping) and isinstance(content.get("ema"), Mapping):
-        return content["model"], content["ema"], sorted(str(k) for k in content if k not in ("model", "ema"))
+    for name in ("state_dict", "model"):
+        if isinstance(content.get(name), Mapping):
+            rest = sorted(str(k) for k in content if k not in (name, "ema"))
+            return content[name], content.get("ema", {}), rest
     return content, {}, sorted(str(k) for k, v in content.items() if not isinstance(v, Tensor))
 
 
@@ -134,18 +144,18 @@ def _plain(entries: Any) -> dict[str, Tensor]:
     return {k.removeprefix(shared): v for k, v in tensors.items()}
 
 
-def _split_lit_ema(checkpoint: Checkpoint) -> Checkpoint:
+def with_ema_apart(checkpoint: Checkpoint) -> Checkpoint:
     """Take the copy that latent diffusion keeps under `model_ema.`, its names without dots, out of the state dict."""
-    copies = {k: v for k, v in checkpoint.tensors.items() if k.startswith("model_ema.")}
-    if not copies:
+    if not any(k.startswith("model_ema.") for k in checkpoint.tensors):
         return checkpoint
-    tensors = {k: v for k, v in checkpoint.tensors.items() if k not in copies}
-    names = {"model_ema." + k.removeprefix("model.").replace(".", ""): k for k in tensors if k.startswith("model.")}
-    counters = [k for k in copies if k in ("model_ema.decay", "model_ema.num_updates")]
-    stray = [k for k in copies if k not in names and k not in counters]
-    if stray:
-        raise UserError(f"{checkpoint.name}: {stray[0]} has no raw counterpart, expected a copy of a weight of model.*")
-    ema = {names[k]: v for k, v in copies.items() if k in names}
-    stored = {names[k]: k for k in copies if k in names}
-    unused = {**checkpoint.unused, "counters of the EMA": counters} if counters else checkpoint.unused
-    return replace(checkpoint, tensors=tensors, ema=ema, stored=stored, unused=unused)
+    raw = [k for k in checkpoint.tensors if k.startswith("model.")]
+    stored = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in raw}
+    counters: list[str] = [k for k in ("model_ema.decay", "model_ema.num_updates") if k in checkpoint.tensors]
+    copies = {*stored.values(), *counters}
+    return replace(
+        checkpoint,
+        tensors={k: v for k, v in checkpoint.tensors.items() if k not in copies},
+        ema={k: checkpoint.tensors[name] for k, name in stored.items() if name in checkpoint.tensors},
+        stored=stored,
+        unused={**checkpoint.unused, **({"counters of the EMA": counters} if counters else {})},
+    )

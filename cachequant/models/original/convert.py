@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from cachequant.config import FAMILIES
 from cachequant.errors import UserError
@@ -24,7 +23,7 @@ from cachequant.models.original.checkpoint import Checkpoint, read_checkpoint
 from cachequant.models.original.companions import find_first_stage, find_tokenizer
 from cachequant.models.original.keymap import fill
 from cachequant.models.original.recipes import Recipe, ddpm_recipe, dit_recipe, latent_recipe, shape_of
-from cachequant.models.original.settings import need, original_settings
+from cachequant.models.original.settings import buildable, need, original_settings
 from cachequant.storage import make_folder
 
 WEIGHTS = ("auto", "ema", "raw")
@@ -35,13 +34,13 @@ _LATENT_SHAPES = {
     "ldm4-imagenet": "VQ-f4 first stage, conditioning: class",
     "sd-v1": "KL-f8 first stage, conditioning: text",
 }
-_MARKS = {  # the first key that a checkpoint holds decides; what is conditional or quantised comes first
-    "temb.dense.0.weight": "ddpm-cifar10",
-    "blocks.0.adaLN_modulation.1.weight": "dit-xl2",
-    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "sd-v1",
-    "cond_stage_model.embedding.weight": "ldm4-imagenet",
-    "first_stage_model.quantize.embedding.weight": "ldm4-bedroom",
-    "first_stage_model.quant_conv.weight": "ldm8-church",
+_MARKS = {  # the first pattern that begins a key decides: a conditioner says more than a first stage
+    r"temb\.": "ddpm-cifar10",
+    r"blocks\.\d+\.adaLN": "dit-xl2",
+    r"cond_stage_model\.transformer\.": "sd-v1",
+    r"cond_stage_model\.|model\.diffusion_model\..*\.attn2\.": "ldm4-imagenet",
+    r"first_stage_model\.quantize\.": "ldm4-bedroom",
+    r"first_stage_model\.": "ldm8-church",
 }
 
 
@@ -121,9 +120,8 @@ def convert(
     Raises:
         UserError: everything about the file, the family and the configuration that does not fit together.
     """
-    _check_names(family, weights)
+    _check_options(family, weights, tokenizer, vae)
     checkpoint = read_checkpoint(path)
-    _check_family(checkpoint, family)
     settings = {} if family == "dit-xl2" and config is None else original_settings(family, config)
     return convert_weights(checkpoint, family, settings, weights, tokenizer, vae)
 
@@ -137,6 +135,7 @@ def convert_weights(
     vae: str | None = None,
 ) -> Conversion:
     """`convert` of a checkpoint and a configuration that were read already; works on the meta device too."""
+    _check_family(checkpoint, family)
     with quiet():
         return _convert(checkpoint, family, settings, weights, tokenizer, vae)
 
@@ -150,7 +149,8 @@ def _convert(
     vae: str | None,
 ) -> Conversion:
     checkpoint, chosen = checkpoint.choose(weights)
-    recipe = _recipe(family, settings, checkpoint)
+    with buildable():
+        recipe = _recipe(family, settings, checkpoint)
     parts: dict[str, Any] = {}
     used: set[str] = set()
     for network in recipe.networks:
@@ -196,19 +196,22 @@ def _leftover(recipe: Recipe, checkpoint: Checkpoint, used: set[str]) -> dict[st
     return reasons
 
 
-def _check_names(family: str, weights: str) -> None:
+def _check_options(family: str, weights: str, tokenizer: str | None, vae: str | None) -> None:
     if family not in FAMILIES:
         raise UserError(f"family is {family!r}, expected one of {', '.join(FAMILIES)}")
     if weights not in WEIGHTS:
         raise UserError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    for option, given, owner in (("--tokenizer", tokenizer, "sd-v1"), ("--vae", vae, "dit-xl2")):
+        if given is not None and family != owner:
+            raise UserError(f"{option} is for {owner}, expected none for {family}: drop it")
 
 
 def _check_family(checkpoint: Checkpoint, family: str) -> None:
     """Refuse a checkpoint whose keys are those of another family."""
-    tensors: Mapping[str, Tensor] = checkpoint.tensors
-    found = next((name for mark, name in _MARKS.items() if mark in tensors), None)
+    keys = list(checkpoint.tensors)
+    found = next((name for mark, name in _MARKS.items() if any(re.match(mark, k) for k in keys)), None)
     if found is None:
-        some = ", ".join(list(tensors)[:2])
+        some = ", ".join(keys[:2])
         raise UserError(f"{checkpoint.name} holds {some}, …, expected a checkpoint of one of {', '.join(FAMILIES)}")
     if found != family:
         raise UserError(f"{checkpoint.name} is a {found} checkpoint, expected {family}: convert with --family {found}")

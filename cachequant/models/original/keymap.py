@@ -6,12 +6,13 @@ checkpoint should have held, one original tensor can serve several places, and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from cachequant.errors import UserError
+from cachequant.models.original.settings import buildable
 
 
 def one_group(_: int) -> int:
@@ -32,6 +33,10 @@ class Source:
     key: str
     part: int | None = None
     groups: Callable[[int], int] = one_group
+
+    def whole(self, shape: Sequence[int]) -> list[int]:
+        """Shape of the original tensor that holds a weight of this shape."""
+        return list(shape) if self.part is None else [3 * shape[0], *shape[1:]]
 
     def take(self, tensor: Tensor) -> Tensor:
         """The weight [C, …] out of the original tensor [C, …] or [3·C, …]."""
@@ -72,7 +77,8 @@ def fill(network: Network, tensors: dict[str, Tensor], where: str) -> tuple[nn.M
     Raises:
         UserError: a weight is missing or has another shape; the first is named.
     """
-    module = network.build()
+    with buildable():
+        module = network.build()
     weights, used = {}, set()
     for name, ours in module.state_dict().items():
         source = network.source(name)
@@ -82,23 +88,23 @@ def fill(network: Network, tensors: dict[str, Tensor], where: str) -> tuple[nn.M
                 f"{where}: the {network.title} lacks {key}: the file is incomplete, or its configuration is another one"
             )
         used.add(key)
-        value = source.take(tensors[key]) if source.part is None or tensors[key].shape[0] % 3 == 0 else tensors[key]
-        if value.numel() != ours.numel() or _trimmed(value) != _trimmed(ours):
+        stored = tensors[key]
+        if _matrix(stored.shape) != _matrix(source.whole(ours.shape)):
             raise UserError(
-                f"{where}: {key} is {list(tensors[key].shape)}, the configuration expects {list(ours.shape)} for the "
+                f"{where}: {key} is {list(stored.shape)}, the configuration expects {source.whole(ours.shape)} for the "
                 f"{network.title}'s {name}: give the YAML that belongs to this checkpoint"
             )
-        weights[name] = value.reshape(ours.shape).to(ours.dtype, copy=True)  # no two places share memory
-    module.load_state_dict(weights, assign=True)
+        weights[name] = source.take(stored).reshape(ours.shape)
+    module.load_state_dict(weights)  # copies, so no two places share memory
     return module.eval(), used
 
 
-def _trimmed(tensor: Tensor) -> list[int]:
+def _matrix(shape: Sequence[int]) -> list[int]:
     """A shape without trailing ones: 1×1 convolutions and linear layers hold the same matrix."""
-    shape = list(tensor.shape)
-    while shape and shape[-1] == 1:
-        shape.pop()
-    return shape
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:

@@ -134,7 +134,7 @@ def _latent_betas(params: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
         "num_train_timesteps": params.get("timesteps", 1000),
     }
     stored = tensors.get("betas")
-    if stored is not None and not stored.is_meta:
+    if stored is not None:
         ends = [round(float(stored[i]), 6) for i in (0, -1)]
         wanted = [betas["beta_start"], betas["beta_end"]]
         if (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,22 @@ def original_settings(family: str, path: Path | None) -> dict[str, Any]:
     settings = OmegaConf.to_container(read_yaml(found), resolve=True)
     assert isinstance(settings, dict)
     return {str(k): v for k, v in settings.items()}
+
+
+@contextmanager
+def buildable() -> Iterator[None]:
+    """Turn what a nonsensical value makes a network's constructor raise into one line.
+
+    Raises:
+        UserError: instead of the constructor's error.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"no network can be built from the original configuration ({reason}): give the YAML of this checkpoint"
+        ) from None
 
 
 def need(settings: Mapping[str, Any], key: str, where: str = "") -> Any:

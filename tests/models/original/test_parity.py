@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from cachequant.cache.deepcache import decoder_positions
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models import adapter
 from cachequant.models.original.convert import Conversion
 from cachequant.pipeline.hook import DenoiserHook
 from cachequant.pipeline.step import accelerated_step
 from cachequant.types import AffineMap, Correction, Schedule
-from tests.models.original_checkpoints import GUIDED, Golden, error
+from tests.models.original.reference import GUIDED, Golden, error
 
 ONCE, RUN = 5e-5, 2e-4
 """Tolerances relative to the largest value: a single evaluation, a trajectory."""
@@ -67,6 +68,22 @@ def test_full_and_cached_steps(golden: Golden, made: Make, family: str, name: st
         assert error(site2, data[f"{prefix}cache_site2"]) <= ONCE
         corrected = structure.cached(*later, site, AffineMap(data["dec_a"], data["dec_b"]))
         assert error(corrected, data[f"{prefix}eps2_cached_dec"]) <= ONCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["ddpm-cifar10", *LATENT])
+def test_every_branch_continues_from_its_own_feature(golden: Golden, made: Make, family: str) -> None:
+    """At the same x and t nothing was reused from elsewhere, so a cached step must be the full one, however deep the cut;
+    and it must run less than the whole network."""
+    data, pipe = golden.tensors(family), made(family).pipe
+    x, t, context = data["x"][:1], data["t"][:1], data["context"][:1] if "context" in data else None
+    everything = len([m for m in pipe.unet.modules() if not list(m.children())])
+    for branch in range(decoder_positions(pipe.unet)):
+        structure = adapter(pipe, branch)
+        full, feature = structure.full(x, t, context)
+        assert error(structure.cached(x, t, context, feature), full) <= 1e-6
+        kept = [n for n in structure.shallow_names() if not list(pipe.unet.get_submodule(n).children())]
+        assert 0 < len(kept) < everything
 
 
 @torch.no_grad()

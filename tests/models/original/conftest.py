@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.original_checkpoints import Golden
+from tests.models.original.reference import Golden
 
 
 @pytest.fixture(scope="session")
