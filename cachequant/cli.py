@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("plan", type=Path, help="plan folder")
     sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
     sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* only"
+    evaluate = _command(
+        commands, "evaluate", "judge images: FID, sFID, IS, precision, recall and others", _evaluate, False
+    )
+    _evaluate_options(evaluate)
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
@@ -75,6 +79,27 @@ def _command(
     command.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object there")
     command.set_defaults(run=run)
     return command
+
+
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", type=Path, help="folder of PNG/JPG or of shards, images.safetensors, or .npz")
+    command.add_argument("--ref", type=Path, help=".npz batch or statistics, any image set, or fashion-mnist")
+    command.add_argument("--metrics", default="fid,sfid,is,precision,recall", metavar="A,B", help=(
+        "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips, frechet_fashion_cnn"))  # fmt: skip
+    command.add_argument("--prompts", help="text of each image, one a line, for clip")
+    command.add_argument("--resize", type=int, metavar="N", help="cut square and resize; 300 for Stable Diffusion")
+    command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the networks' weights")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
+    _worker_options(command)
+    command.epilog = "--json: {images: path, reference: path, metrics: {name: float}}"
+
+
+def _worker_options(command: argparse.ArgumentParser, device: bool = True) -> None:
+    """Where the work runs; torchrun and SLURM start their workers themselves."""
+    if device:
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--devices", type=int, metavar="N", help="workers a machine, default 1")
+    command.add_argument("--nodes", type=int, metavar="M", help="machines, default 1")
 
 
 def _report_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
@@ -159,6 +184,23 @@ def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
     if wrong:
         raise UserError(f"--set {wrong[0]} with a plan, expected sample.* keys only: calibrate again to change others")
     return apply_overrides(config, overrides)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from cachequant.evaluation.suite import Request
+    from cachequant.models.loading import read_prompts
+    from cachequant.pipeline.evaluate import evaluate
+
+    metrics = tuple(name.strip() for name in args.metrics.split(","))
+    prompts = read_prompts(args.prompts)
+    request = Request(args.images, metrics, args.ref, prompts, args.weights, args.resize)
+    found = evaluate(request, args.batch_size, args.device, args.devices, args.nodes)
+    if found is None:
+        return
+    for name, value in found.items():
+        print(f"{name:20} {value:.4f}")
+    reference = None if args.ref is None else str(args.ref)
+    _report_json(args, {"images": str(args.images), "reference": reference, "metrics": found})
 
 
 def _inspect(args: argparse.Namespace) -> None:
