@@ -82,11 +82,12 @@ def _command(
 
 
 def _evaluate_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("images", type=Path, help="folder of PNG/JPG or of shards, images.safetensors, or .npz")
+    command.usage = "cachequant evaluate [options] images"
+    command.add_argument("images", type=Path, help="folder of PNG/JPG or shards, .safetensors, or .npz")
     command.add_argument("--ref", type=Path, help=".npz batch or statistics, any image set, or fashion-mnist")
     command.add_argument("--metrics", default="fid,sfid,is,precision,recall", metavar="A,B", help=(
         "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips, frechet_fashion_cnn"))  # fmt: skip
-    command.add_argument("--prompts", help="text of each image, one a line, for clip")
+    command.add_argument("--prompts", metavar="FILE", help="text of each image, one a line, for clip")
     command.add_argument("--resize", type=int, metavar="N", help="cut square and resize; 300 for Stable Diffusion")
     command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the networks' weights")
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
