@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "the six stages of a configuration, skipping what is current", _run)
     run.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
     run.add_argument("--out", type=Path, help="run folder, default runs/<model.name>")
+    _worker_options(run, device=False)
     run.epilog = "--json: {plan: folder, images: folder, refresh_steps: [int], seconds: float}"
     calibrate = _command(commands, "calibrate", "stages 1 to 5: make a plan and save it", _calibrate)
     calibrate.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
@@ -54,8 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.epilog = "--json: {plan: folder, refresh_steps: [int], cost: float, uniform_cost: float}"
     sample = _command(commands, "sample", "images from a saved plan", _sample)
     sample.add_argument("plan", type=Path, help="plan folder")
-    sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
-    sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* only"
+    sample.add_argument("out", type=Path, help="folder of shards (safetensors), manifest.jsonl and grid.png")
+    sample.add_argument("--count", type=int, metavar="N", help="images, default sample.count of the plan")
+    sample.add_argument(
+        "--full", action="store_true", help="the untouched model from the same noise, every step in full"
+    )
+    _worker_options(sample, device=False)
+    sample.epilog = (
+        "Run it again to go on where it stopped. --set changes sample.* only. "
+        "--json: {images: folder, count: int, seconds: float}, seconds summed over workers"
+    )
     evaluate = _command(
         commands, "evaluate", "judge images: FID, sFID, IS, precision, recall and others", _evaluate, False
     )
@@ -112,9 +122,11 @@ def _report_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from cachequant.evaluation.rows import rows_to_json
+    from cachequant.lock import writer_lock
     from cachequant.pipeline.demo import run_demo
 
-    rows = run_demo(args.out, args.device, args.set)
+    with writer_lock(args.out):
+        rows = run_demo(args.out, args.device, args.set)
     print(f"\nwrote {args.out}/report.html, grid.png, schedule.png, error.png, quality.png, metrics.json")
     _report_json(args, rows_to_json(rows))
 
@@ -123,30 +135,53 @@ def stages_of(
     config_path: Path, overrides: list[str], device: str, out: Path | None = None, only: int | None = None
 ) -> Any:
     """The stages of a configuration file on its own pipeline; `only` allows just one of them to be computed."""
-    from cachequant.config import load_config
     from cachequant.models.loading import load_pipeline
     from cachequant.pipeline.context import Context
     from cachequant.pipeline.stages import Stages
 
-    config = load_config(config_path, overrides)
+    config = _config_of(config_path, overrides, device)
+    return Stages.at(Context.of(load_pipeline(config.model.path, config.device), config), out, only)
+
+
+def _config_of(path: Path, overrides: list[str], device: str) -> Any:
+    """A configuration file, on the device of the command line where that names one."""
+    from cachequant.config import load_config
+
+    config = load_config(path, overrides)
     if device != "auto":
         config.device = device
-    pipe = load_pipeline(config.model.path, config.device)
-    return Stages.at(Context.of(pipe, config), out, only)
+    return config
 
 
 def _run(args: argparse.Namespace) -> None:
-    stages = stages_of(args.config, args.set, args.device, args.out)
-    (plan, _), (samples, images_key) = stages.plan(), stages.samples()
-    folder, images = stages.save_plan(), stages.store.root / f"6_sample-{images_key[:12]}"
-    print(f"{plan.summary()}\nplan         {folder}\nimages       {images}/grid.png, {samples.seconds:.1f} s")
-    steps = list(plan.schedule.refresh_steps)
-    _report_json(args, {"plan": str(folder), "images": str(images), "refresh_steps": steps, "seconds": samples.seconds})
+    from cachequant.lock import writer_lock
+    from cachequant.models.loading import load_pipeline
+    from cachequant.pipeline.context import Context
+    from cachequant.pipeline.stages import Stages
+    from cachequant.pipeline.workers import make_trainer
+
+    config = _config_of(args.config, args.set, args.device)
+    trainer = make_trainer(config.device, args.devices, args.nodes)
+    pipe, first = load_pipeline(config.model.path, str(trainer.strategy.root_device)), trainer.is_global_zero
+    stages = Stages.at(Context.of(pipe, config), args.out, quiet=not first)
+    with writer_lock(stages.store.root) if first else nullcontext():
+        if trainer.world_size > 1:
+            stages.fill(trainer)
+        if not first:
+            return
+        (plan, _), (samples, _), folder = stages.plan(), stages.samples(), stages.save_plan()
+    print(f"{plan.summary()}\nplan         {folder}\nimages       {samples.folder}/grid.png, {samples.seconds:.1f} s")
+    steps, images = list(plan.schedule.refresh_steps), str(samples.folder)
+    _report_json(args, {"plan": str(folder), "images": images, "refresh_steps": steps, "seconds": samples.seconds})
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    plan, _ = stages_of(args.config, args.set, args.device).plan()
-    plan.save(args.plan)
+    from cachequant.lock import writer_lock
+
+    stages = stages_of(args.config, args.set, args.device)
+    with writer_lock(stages.store.root):
+        plan, _ = stages.plan()
+        plan.save(args.plan)
     print(f"{plan.summary()}\nplan         {args.plan}")
     schedule = plan.schedule
     numbers = {"cost": schedule.cost, "uniform_cost": schedule.uniform_cost}
@@ -154,27 +189,25 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from cachequant.api import enable
-    from cachequant.evaluation.grid import image_grid, save_image
+    from cachequant.lock import writer_lock
     from cachequant.models.loading import load_pipeline
-    from cachequant.pipeline.sample import draw_enabled
+    from cachequant.pipeline.sampling import sample_plan
+    from cachequant.pipeline.workers import make_trainer
     from cachequant.plan import Plan
-    from cachequant.storage import make_folder, save_tensors
+    from cachequant.storage import file_hash
 
-    make_folder(args.out)
     plan = Plan.load(args.plan)
-    config = _with_sample_settings(plan.config, args.set)
-    pipe = enable(load_pipeline(config.model.path, args.device), plan)
-    samples = draw_enabled(pipe, config)
-    save_tensors(args.out / "images.safetensors", {"images": samples.images})
-    save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")
-    print(f"{len(samples.images)} images in {samples.seconds:.1f} s: {args.out}/grid.png")
-    value = {
-        "images": str(args.out / "images.safetensors"),
-        "count": len(samples.images),
-        "seconds": samples.seconds,
-    }
-    _report_json(args, value)
+    count = [] if args.count is None else [f"sample.count={args.count}"]
+    config = _with_sample_settings(plan.config, [*args.set, *count])
+    trainer = make_trainer(args.device, args.devices, args.nodes)
+    with writer_lock(args.out) if trainer.is_global_zero else nullcontext():
+        pipe = load_pipeline(config.model.path, str(trainer.strategy.root_device))
+        chosen, name = (None, "none") if args.full else (plan, file_hash(args.plan / "plan.json"))
+        made = sample_plan(pipe, chosen, name, args.out, trainer, config)
+    if made is None:
+        return
+    print(f"{made.count} images in {made.seconds:.1f} s: {args.out}/grid.png")
+    _report_json(args, {"images": str(args.out), "count": made.count, "seconds": made.seconds})
 
 
 def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
@@ -221,6 +254,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
     """One numbered script: parse, load, run the stage, save."""
+    from cachequant.lock import writer_lock
     from cachequant.pipeline.stages import STAGES
 
     name = STAGES[number - 1]
@@ -235,7 +269,8 @@ def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
 
     def action() -> None:
         stages = stages_of(args.config, args.set, args.device, args.out, number)
-        _, key = stages.run(number)
+        with writer_lock(stages.store.root):
+            _, key = stages.run(number)
         print(f"stage {number} ({name}) is done: {stages.store.root}, {key[:12]}")
         if number == 5:
             print(f"plan: {stages.save_plan()}")

@@ -16,11 +16,10 @@ from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
-from cachequant.pipeline.sample import Samples, draw
 from cachequant.pipeline.store import StageStore
 from cachequant.plan import Plan
+from cachequant.shards import ShardSet
 from cachequant.storage import (
-    file_hash,
     load_json,
     load_tensors,
     pack_correction,
@@ -191,20 +190,51 @@ class Stages:
         method = Path(plan.config.method).stem
         return plan.save(self.store.root / f"plan-{method}-n{interval}-{bits}-{key[:8]}")
 
-    def samples(self) -> tuple[Samples, str]:
-        """Stage 6: images of the plan."""
-        plan, parent = self.plan()
-        sample = self.context.config.sample
-        seeds = list(range(sample.seed, sample.seed + sample.count))
-        inputs = {"parent": parent, "sample": asdict(sample)}
-        return self.store.obtain(
-            6,
-            "sample",
-            inputs,
-            lambda: draw(self.context, plan, seeds, "6 sample"),
-            _save_samples,
-            _load_samples,
-        )
+    def samples(self) -> tuple[ShardSet, str]:
+        """Stage 6: images of the plan; what several workers have left to do (`fill`), this process does."""
+        from cachequant.pipeline.sampling import save_grid  # Lightning is imported by those who sample
+        from cachequant.pipeline.workers import make_trainer
+
+        inputs = self._sample_inputs(self.plan()[1])
+
+        def compute() -> ShardSet:
+            folder, _ = self._images_folder()
+            if not (folder / "set.json").is_file() or ShardSet.open(folder).pending():
+                self.fill(make_trainer(str(self.context.pipe.device)))
+            return ShardSet.open(folder)
+
+        return self.store.obtain(6, "sample", inputs, compute, lambda _, made: save_grid(made), ShardSet.open, True)
+
+    def fill(self, trainer: Any) -> None:
+        """The work of stage 6, by every worker; the first one sees to the stages before it, the others wait for it."""
+        from cachequant.api import disable, find  # which knows the stages
+        from cachequant.pipeline.sampling import Draw, ShardSampler, begin_set, draw_with, fill
+
+        context = self.context
+
+        def begin() -> None:
+            folder, key = self._images_folder()
+            begin_set(folder, {"key": key}, context.config)
+
+        def join() -> tuple[ShardSet, Draw]:
+            plan, _ = self.plan()
+            return ShardSet.open(self._images_folder()[0]), draw_with(context.pipe, plan, context.config, quiet=True)
+
+        try:
+            fill(trainer, ShardSampler(begin, join, context.config.sample.batch_size))
+        finally:
+            if find(context.pipe) is not None:
+                disable(context.pipe)
+
+    def _images_folder(self) -> tuple[Path, str]:
+        """Where stage 6's images go, and their key."""
+        _, parent = self.plan()
+        key = self.store.key(6, "sample", self._sample_inputs(parent))
+        return self.store.folder(6, "sample", key), key
+
+    def _sample_inputs(self, parent: str) -> dict[str, Any]:
+        """What determines stage 6's images."""
+        return {"parent": parent, "sample": asdict(self.context.config.sample), "files": "shards"}
 
 
 def _save_correction(folder: Path, value: Correction) -> None:
@@ -248,19 +278,3 @@ def _save_moments(folder: Path, value: dict[int, Moments]) -> None:
 def _load_moments(folder: Path) -> dict[int, Moments]:
     grams = load_tensors(folder / "moments.safetensors")
     return {int(step): Moments(gram) for step, gram in sorted(grams.items(), key=lambda item: int(item[0]))}
-
-
-def _save_samples(folder: Path, value: Samples) -> None:
-    from cachequant.evaluation.grid import image_grid, save_image
-
-    save_tensors(folder / "images.safetensors", {"images": value.images})
-    save_json(
-        folder / "seconds.json",
-        {"seconds": value.seconds, "images_sha256": file_hash(folder / "images.safetensors")},
-    )
-    save_image(image_grid({"samples": value.images[:16]}), folder / "grid.png")
-
-
-def _load_samples(folder: Path) -> Samples:
-    images = load_tensors(folder / "images.safetensors")["images"]
-    return Samples(images, None, load_json(folder / "seconds.json")["seconds"])

@@ -1,0 +1,163 @@
+"""Stage 6 at scale: any number of workers fill one folder of shards, and may be killed and started again at any moment.
+
+Every image's noise comes from its own seed on the CPU, so it is bit-identical whatever the workers and batches. A worker
+draws whole shards; with one batch size and one kind of device the images are bit-identical too, whatever the number of
+workers. Another batch size may round differently inside the kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cachequant.config import RunConfig
+from cachequant.errors import UserError
+from cachequant.evaluation.grid import image_grid, save_image
+from cachequant.models.loading import Generator, identify, read_prompts
+from cachequant.pipeline.workers import Items, finish, predict
+from cachequant.plan import Plan
+from cachequant.shards import Shard, ShardSet
+from cachequant.storage import content_hash
+
+Draw = Callable[[list[int]], Tensor]
+"""Seeds -> images [B, C, H, W] in [0, 1]."""
+SHOWN = 16
+"""Images in grid.png."""
+
+
+class ShardSampler(lightning.LightningModule):
+    """Each worker draws every so-many-th shard of those that are missing when it starts.
+
+    Args:
+        begin: makes the folder ready; called in the first worker while the others wait.
+        join: the folder and how to draw; called in every worker then.
+        batch_size: images at once.
+    """
+
+    def __init__(self, begin: Callable[[], object], join: Callable[[], tuple[ShardSet, Draw]], batch_size: int) -> None:
+        super().__init__()
+        self._begin, self._join, self.batch_size = begin, join, batch_size
+        self.prepare_data_per_node = False
+        self._bar: Any = None
+
+    def prepare_data(self) -> None:
+        """In the first worker of all, before `setup`."""
+        self._begin()
+
+    def setup(self, stage: str) -> None:
+        """All workers agree on what is missing, which the first one looked up before any of them writes."""
+        self.shards, self._draw = self._join()
+        names = [shard.name for shard in self.shards.pending()] if self.trainer.is_global_zero else None
+        names = self.trainer.strategy.broadcast(names)
+        by_name = {shard.name: shard for shard in self.shards.shards()}
+        self._mine = [by_name[name] for name in names[self.trainer.global_rank :: self.trainer.world_size]]
+
+    def predict_dataloader(self) -> Items:
+        """Numbers of this worker's shards."""
+        total = sum(shard.count for shard in self._mine)
+        self._bar = tqdm(total=total, desc="6 sample", unit="image", leave=False, disable=_hidden(self.trainer))
+        return Items(range(len(self._mine)))
+
+    def predict_step(self, number: int) -> int:
+        """Draw one shard and file it."""
+        shard, start = self._mine[number], time.perf_counter()
+        images = torch.cat([self._batch(shard, i) for i in range(0, shard.count, self.batch_size)])
+        self.shards.write(shard, images, time.perf_counter() - start)
+        return shard.count
+
+    def _batch(self, shard: Shard, start: int) -> Tensor:
+        images = self._draw(shard.seeds[start : start + self.batch_size])
+        self._bar.update(len(images))
+        return images
+
+    def on_predict_end(self) -> None:
+        """Nothing is left on the screen."""
+        self._bar.close()
+
+
+def fill(trainer: lightning.Trainer, sampler: ShardSampler) -> None:
+    """Run a sampler in every worker, until no shard is missing.
+
+    Raises:
+        UserError: shards are missing although every worker is done (another program changed the folder).
+    """
+    predict(trainer, sampler)
+    finish(trainer)
+    missing = sampler.shards.pending() if trainer.is_global_zero else []
+    if missing:
+        raise UserError(f"{sampler.shards.folder} still lacks {missing[0].name}: run the same command again")
+
+
+def begin_set(folder: Path, maker: dict[str, Any], config: RunConfig) -> ShardSet:
+    """The folder of `sample.count` images from `sample.seed` on, without what a killed worker left half-written."""
+    settings = config.sample
+    shards = ShardSet.create(folder, maker, settings.seed, settings.count, settings.batch_size)
+    for rest in folder.glob(".*.tmp"):
+        rest.unlink(missing_ok=True)
+    return shards
+
+
+def draw_with(pipe: Any, plan: Plan | None, config: RunConfig, quiet: bool = False) -> Draw:
+    """How a pipeline draws, accelerated by a plan that stays enabled on it, or as it is.
+
+    Raises:
+        UserError: the plan does not fit the pipeline.
+    """
+    from cachequant.api import enable  # which knows the stages, which know this module
+
+    if plan is not None:
+        with redirect_stdout(StringIO()) if quiet else nullcontext():
+            enable(pipe, plan)
+    pipe.set_progress_bar_config(disable=True)
+    return Generator(pipe, config.sampler, read_prompts(config.sampler.prompts))
+
+
+def sample_plan(
+    pipe: Any, plan: Plan | None, name: str, folder: Path, trainer: lightning.Trainer, config: RunConfig
+) -> ShardSet | None:
+    """Images of a plan, or of the untouched model, as shards; None in workers other than the first.
+
+    Args:
+        pipe: the pipeline that the plan was made for, on the trainer's device.
+        plan: what accelerates it; None runs every step in full, in float32: the reference of paired metrics.
+        name: what tells the plan from others, as its file's sha256.
+        folder: where the shards go; what is there already is kept.
+        trainer: of `make_trainer`.
+        config: the plan's, with other `sample.*` perhaps.
+
+    Raises:
+        UserError: the folder holds other images, or anything that `enable` refuses.
+    """
+    identity = asdict(identify(pipe, config.sampler.guidance_scale))
+    prompts = content_hash(list(read_prompts(config.sampler.prompts)))
+    maker = {"plan": name, "sampler": {**asdict(config.sampler), "prompts": prompts}, **identity}
+    draw = draw_with(pipe, plan, config, quiet=not trainer.is_global_zero)
+    sampler = ShardSampler(
+        lambda: begin_set(folder, maker, config), lambda: (ShardSet.open(folder), draw), config.sample.batch_size
+    )
+    fill(trainer, sampler)
+    if not trainer.is_global_zero:
+        return None
+    save_grid(sampler.shards)
+    return sampler.shards
+
+
+def save_grid(shards: ShardSet) -> None:
+    """grid.png of the first images."""
+    images = shards.images(SHOWN).float() / 255
+    save_image(image_grid({"samples": images}), shards.folder / "grid.png")
+
+
+def _hidden(trainer: lightning.Trainer) -> bool | None:
+    """For tqdm: None shows a bar on a terminal only, True never."""
+    return None if trainer.is_global_zero else True
