@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _worker_options(sample, device=False)
     sample.epilog = (
         "Run it again to go on where it stopped. --set changes sample.* only. "
-        "--json: {images: folder, count: int, seconds: float}, seconds summed over workers"
+        "--json: {images: folder, count: int, drawn: int, seconds: float}, the last two of this call"
     )
     evaluate = _command(
         commands, "evaluate", "judge images: FID, sFID, IS, precision, recall and others", _evaluate, False
@@ -206,8 +206,9 @@ def _sample(args: argparse.Namespace) -> None:
         made = sample_plan(pipe, chosen, name, args.out, trainer, config)
     if made is None:
         return
-    print(f"{made.count} images in {made.seconds:.1f} s: {args.out}/grid.png")
-    _report_json(args, {"images": str(args.out), "count": made.count, "seconds": made.seconds})
+    print(f"{made.shards.count} images, of which {made.drawn} drawn now in {made.seconds:.1f} s: {args.out}/grid.png")
+    value = {"images": str(args.out), "count": made.shards.count, "drawn": made.drawn, "seconds": made.seconds}
+    _report_json(args, value)
 
 
 def _with_sample_settings(config: Any, overrides: list[str]) -> Any:

@@ -82,7 +82,7 @@ def test_run_inspect_sample_and_calibrate_work_together(capsys: pytest.CaptureFi
     assert json.loads(note.read_text())["schedule"]["refresh_steps"] == [0, 2]
     capsys.readouterr()
     assert main(["sample", made["plan"], str(tmp_path / "images"), "--count", "1"]) == 0
-    assert "1 images in" in capsys.readouterr().out
+    assert "1 images, of which 1 drawn now in" in capsys.readouterr().out
     assert main(["sample", made["plan"], str(tmp_path / "images"), "--count", "1", "--full"]) == 2
     assert "holds other images (of plan" in capsys.readouterr().err
     assert main(["sample", made["plan"], str(tmp_path / "images"), "--set", "cache.interval=3"]) == 2

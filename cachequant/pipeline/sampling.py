@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class ShardSampler(lightning.LightningModule):
         self._begin, self._join, self.batch_size = begin, join, batch_size
         self.prepare_data_per_node = False
         self._bar: Any = None
+        self.drawn, self.began = 0, 0.0
 
     def prepare_data(self) -> None:
         """In the first worker of all, before `setup`."""
@@ -60,10 +61,12 @@ class ShardSampler(lightning.LightningModule):
         names = [shard.name for shard in self.shards.pending()] if self.trainer.is_global_zero else None
         names = self.trainer.strategy.broadcast(names)
         by_name = {shard.name: shard for shard in self.shards.shards()}
+        self.drawn = sum(by_name[name].count for name in names)
         self._mine = [by_name[name] for name in names[self.trainer.global_rank :: self.trainer.world_size]]
 
     def predict_dataloader(self) -> Items:
-        """Numbers of this worker's shards."""
+        """Numbers of this worker's shards; the clock runs from here on, where all workers are ready."""
+        self.began = time.perf_counter()
         total = sum(shard.count for shard in self._mine)
         self._bar = tqdm(total=total, desc="6 sample", unit="image", leave=False, disable=_hidden(self.trainer))
         return Items(range(len(self._mine)))
@@ -85,17 +88,34 @@ class ShardSampler(lightning.LightningModule):
         self._bar.close()
 
 
-def fill(trainer: lightning.Trainer, sampler: ShardSampler) -> None:
-    """Run a sampler in every worker, until no shard is missing.
+@dataclass(frozen=True)
+class Sampled:
+    """A finished folder.
+
+    Attributes:
+        shards: all its images.
+        drawn: how many of them this call drew.
+        seconds: how long all workers together were at it, by the clock.
+    """
+
+    shards: ShardSet
+    drawn: int
+    seconds: float
+
+
+def fill(trainer: lightning.Trainer, sampler: ShardSampler) -> float:
+    """Run a sampler in every worker, until no shard is missing: seconds from the first image to the last worker's end.
 
     Raises:
         UserError: shards are missing although every worker is done (another program changed the folder).
     """
     predict(trainer, sampler)
     finish(trainer)
+    seconds = time.perf_counter() - sampler.began
     missing = sampler.shards.pending() if trainer.is_global_zero else []
     if missing:
         raise UserError(f"{sampler.shards.folder} still lacks {missing[0].name}: run the same command again")
+    return seconds
 
 
 def begin_set(folder: Path, maker: dict[str, Any], config: RunConfig) -> ShardSet:
@@ -124,7 +144,7 @@ def draw_with(pipe: Any, plan: Plan | None, config: RunConfig, quiet: bool = Fal
 
 def sample_plan(
     pipe: Any, plan: Plan | None, name: str, folder: Path, trainer: lightning.Trainer, config: RunConfig
-) -> ShardSet | None:
+) -> Sampled | None:
     """Images of a plan, or of the untouched model, as shards; None in workers other than the first.
 
     Args:
@@ -145,11 +165,11 @@ def sample_plan(
     sampler = ShardSampler(
         lambda: begin_set(folder, maker, config), lambda: (ShardSet.open(folder), draw), config.sample.batch_size
     )
-    fill(trainer, sampler)
+    seconds = fill(trainer, sampler)
     if not trainer.is_global_zero:
         return None
     save_grid(sampler.shards)
-    return sampler.shards
+    return Sampled(sampler.shards, sampler.drawn, seconds)
 
 
 def save_grid(shards: ShardSet) -> None:

@@ -76,7 +76,7 @@ def test_images_are_those_of_their_seeds(plan_folder: Path, weights_file: Path, 
         pipe = cq.load_pipeline(weights_file, "cpu")
         made = sample_plan(pipe, plan, "x", tmp_path / str(batch_size), make_trainer("cpu"), plan.config)
         assert made is not None
-        sets.append(made.images())
+        sets.append(made.shards.images())
     pipe = cq.enable(cq.load_pipeline(weights_file, "cpu"), plan)
     draw = Generator(pipe, plan.config.sampler)
     alone = torch.cat([draw([seed]) for seed in range(90_000, 90_005)])
@@ -92,7 +92,7 @@ def test_the_untouched_model_starts_from_the_same_noise(plan_folder: Path, weigh
     made = ShardSet.open(tmp_path / "full").images()
     assert (made.int() - to_uint8(expected).int()).abs().max() <= 1
     quick = sample_plan(pipe, plan, "x", tmp_path / "quick", make_trainer("cpu"), plan.config)
-    assert quick is not None and not torch.equal(quick.images(), made)
+    assert quick is not None and not torch.equal(quick.shards.images(), made)
 
 
 def test_a_finished_folder_is_left_alone_and_more_is_refused(
@@ -109,10 +109,11 @@ def test_a_finished_folder_is_left_alone_and_more_is_refused(
     ]
     assert main(command) == 0
     note = json.loads((tmp_path / "note.json").read_text())
-    assert set(note) == {"images", "count", "seconds"} and note["count"] == 5
+    assert set(note) == {"images", "count", "drawn", "seconds"} and note["count"] == note["drawn"] == 5
     shard = next((tmp_path / "out").glob("*.safetensors"))
     before = shard.stat().st_mtime_ns
     assert main(command) == 0 and shard.stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "note.json").read_text())["drawn"] == 0
     capsys.readouterr()
     assert main([*command, "--count", "6"]) == 2
     assert capsys.readouterr().err.startswith("error: ") and shard.stat().st_mtime_ns == before
@@ -166,7 +167,7 @@ def fork(command: list[str], log: Path, **variables: str) -> int:
         try:
             output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
             os.dup2(output, 1), os.dup2(output, 2)
-            sys.stdout, sys.stderr = (open(fd, "w", buffering=1) for fd in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
             os.environ |= variables
             status = main(command)
         finally:
@@ -240,7 +241,7 @@ def test_lightning_and_torchrun_start_two_workers(alone: dict[str, str], plan_fo
     for name, command in (("own", own), ("torchrun", torchrun)):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("images in") == 1
+        assert done.stdout.count("images, of which 100 drawn") == 1
         assert hashes(tmp_path / name) == alone, name
 
 
