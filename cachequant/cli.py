@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,27 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    from cachequant.config import FAMILIES
+
+    text = "an original checkpoint into a diffusers folder"
+    convert = _command(commands, "convert", text, _convert, computes=False)
+    convert.add_argument("checkpoint", type=Path, help=".ckpt, .pt, .pth or .safetensors file, read weights-only")
+    convert.add_argument("out", type=Path, help="new folder")
+    convert.add_argument("--family", required=True, choices=FAMILIES, help="whose checkpoint it is")
+    convert.add_argument("--config", type=Path, help="its original YAML, default that of the released checkpoint")
+    convert.add_argument(
+        "--weights", default="auto", choices=("auto", "ema", "raw"), help="auto: EMA weights wherever the file has them"
+    )
+    convert.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="for sd-v1, whose checkpoint holds none")
+    convert.add_argument("--vae", metavar="FOLDER_OR_ID", help="for dit-xl2, whose checkpoint holds no first stage")
+    convert.epilog = (
+        "--json: {folder, family, weights, parameters: {component: int}, used: int, unused: {reason: [key]}, notes}"
+    )
 
 
 def _command(
@@ -140,7 +161,7 @@ def stages_of(
     from cachequant.pipeline.stages import Stages
 
     config = _config_of(config_path, overrides, device)
-    return Stages.at(Context.of(load_pipeline(config.model.path, config.device), config), out, only)
+    return Stages.at(Context.of(load_pipeline(config.model, config.device), config), out, only)
 
 
 def _config_of(path: Path, overrides: list[str], device: str) -> Any:
@@ -159,20 +180,23 @@ def _run(args: argparse.Namespace) -> None:
     from cachequant.pipeline.context import Context
     from cachequant.pipeline.stages import Stages
     from cachequant.pipeline.workers import make_trainer
+    from cachequant.storage import load_json
 
     config = _config_of(args.config, args.set, args.device)
     trainer = make_trainer(config.device, args.devices, args.nodes)
-    pipe, first = load_pipeline(config.model.path, str(trainer.strategy.root_device)), trainer.is_global_zero
+    pipe, first = load_pipeline(config.model, str(trainer.strategy.root_device)), trainer.is_global_zero
     stages = Stages.at(Context.of(pipe, config), args.out, quiet=not first)
+    stages.context.generator(sampling=True)  # a prompt list that cannot be had is told now, not behind the calibration
     with writer_lock(stages.store.root) if first else nullcontext():
         if trainer.world_size > 1:
             stages.fill(trainer)
         if not first:
             return
         (plan, _), (samples, _), folder = stages.plan(), stages.samples(), stages.save_plan()
-    print(f"{plan.summary()}\nplan         {folder}\nimages       {samples.folder}/grid.png, {samples.seconds:.1f} s")
+    seconds = load_json(samples.folder / "seconds.json")["seconds"]
+    print(f"{plan.summary()}\nplan         {folder}\nimages       {samples.folder}/grid.png, {seconds:.1f} s")
     steps, images = list(plan.schedule.refresh_steps), str(samples.folder)
-    _report_json(args, {"plan": str(folder), "images": images, "refresh_steps": steps, "seconds": samples.seconds})
+    _report_json(args, {"plan": str(folder), "images": images, "refresh_steps": steps, "seconds": seconds})
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -189,9 +213,12 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from cachequant.api import enable
     from cachequant.lock import writer_lock
-    from cachequant.models.loading import load_pipeline
-    from cachequant.pipeline.sampling import sample_plan
+    from cachequant.models.loading import identify, load_pipeline
+    from cachequant.pipeline.sampling import sample_pipeline
     from cachequant.pipeline.workers import make_trainer
     from cachequant.plan import Plan
     from cachequant.storage import file_hash
@@ -200,10 +227,15 @@ def _sample(args: argparse.Namespace) -> None:
     count = [] if args.count is None else [f"sample.count={args.count}"]
     config = _with_sample_settings(plan.config, [*args.set, *count])
     trainer = make_trainer(args.device, args.devices, args.nodes)
-    with writer_lock(args.out) if trainer.is_global_zero else nullcontext():
-        pipe = load_pipeline(config.model.path, str(trainer.strategy.root_device))
-        chosen, name = (None, "none") if args.full else (plan, file_hash(args.plan / "plan.json"))
-        made = sample_plan(pipe, chosen, name, args.out, trainer, config)
+    first = trainer.is_global_zero
+    with writer_lock(args.out) if first else nullcontext():
+        pipe = load_pipeline(config.model, str(trainer.strategy.root_device))
+        maker = {"plan": "none" if args.full else file_hash(args.plan / "plan.json")}
+        maker |= asdict(identify(pipe, config.sampler.guidance_scale))
+        if not args.full:
+            with nullcontext() if first else redirect_stdout(StringIO()):
+                enable(pipe, plan)
+        made = sample_pipeline(pipe, config, maker, args.out, trainer)
     if made is None:
         return
     print(f"{made.shards.count} images, of which {made.drawn} drawn now in {made.seconds:.1f} s: {args.out}/grid.png")
@@ -223,7 +255,7 @@ def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from cachequant.evaluation.suite import Request
-    from cachequant.models.loading import read_prompts
+    from cachequant.models.prompts import read_prompts
     from cachequant.pipeline.evaluate import evaluate
 
     metrics = tuple(name.strip() for name in args.metrics.split(","))
@@ -247,10 +279,21 @@ def _inspect(args: argparse.Namespace) -> None:
     plan = Plan.load(args.plan)
     print(plan.summary())
     for key, value in plan.provenance.items():
-        print(f"{key:12} {value}")
+        if key != "consumers":  # lines of the summary
+            print(f"{key:12} {value}")
     schedule = {**asdict(plan.schedule), "refresh_steps": list(plan.schedule.refresh_steps)}
     value = {"summary": plan.summary(), "schedule": schedule, "config": config_to_dict(plan.config)}
     _report_json(args, {**value, "provenance": plan.provenance})
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from cachequant.models.original.convert import convert
+
+    made = convert(args.checkpoint, args.family, args.config, args.weights, args.tokenizer, args.vae)
+    made.save(args.out)
+    print(f"{made.summary()}\nfolder       {args.out}")
+    facts = {"family": made.family, "weights": made.weights, "parameters": made.parameters(), "notes": made.notes}
+    _report_json(args, {"folder": str(args.out), **facts, "used": len(made.used), "unused": made.unused})
 
 
 def stage_main(number: int, argv: Sequence[str] | None = None) -> int:

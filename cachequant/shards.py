@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from cachequant.errors import UserError
-from cachequant.storage import file_hash, load_json, load_tensors, make_folder, save_json, save_tensors
+from cachequant.storage import (
+    file_hash,
+    load_json,
+    load_tensors,
+    make_folder,
+    save_json,
+    save_tensors,
+    write_atomically,
+)
 
 IMAGES = 64
 """Images in a file, about: what a killed worker can lose."""
@@ -115,7 +123,7 @@ class ShardSet:
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
-                found[entry["file"]] = {"sha256": str(entry["sha256"]), "seconds": float(entry["seconds"])}
+                found[entry["file"]] = {**entry, "sha256": str(entry["sha256"])}
             except (ValueError, KeyError, TypeError):
                 continue
         return found
@@ -129,18 +137,21 @@ class ShardSet:
         path = self.folder / shard.name
         return shard.name in entries and path.is_file() and file_hash(path) == entries[shard.name]["sha256"]
 
-    @property
-    def seconds(self) -> float:
-        """Time that the finished shards took, summed over workers."""
-        return sum(entry["seconds"] for entry in self.entries().values())
+    def tidy(self) -> None:
+        """Put the manifest in order, a line a shard; once all workers are done.
 
-    def write(self, shard: Shard, images: Tensor, seconds: float) -> None:
+        So the same images have the same bytes in all files, whoever drew them and however often they were interrupted.
+        """
+        entries = self.entries()
+        lines = [_line(entries[shard.name]) for shard in self.shards() if shard.name in entries]
+        write_atomically(self.folder / "manifest.jsonl", lambda path: _write(path, "".join(lines)))
+
+    def write(self, shard: Shard, images: Tensor) -> None:
         """File one shard and enter it, as one act among all workers of the folder.
 
         Args:
             shard: which.
             images: [shard.count, C, H, W] in [0, 1]; kept as uint8, rounded to nearest.
-            seconds: what they took.
 
         Raises:
             UserError: the disk is full or the folder not writable.
@@ -149,8 +160,8 @@ class ShardSet:
             raise ValueError(f"{len(images)} images for {shard}")
         with self._alone() as manifest:
             save_tensors(self.folder / shard.name, {"images": to_uint8(images)})
-            entry = {"file": shard.name, "sha256": file_hash(self.folder / shard.name), "seconds": round(seconds, 3)}
-            _append(manifest, json.dumps({**entry, "first": shard.first, "count": shard.count}))
+            entry = {"file": shard.name, "first": shard.first, "count": shard.count}
+            _append(manifest, _line({**entry, "sha256": file_hash(self.folder / shard.name)}))
 
     def load(self, shard: Shard) -> Tensor:
         """Images of one shard: [count, C, H, W] uint8.
@@ -192,11 +203,19 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def _append(handle: int, line: str) -> None:
     """Add a line and flush it; a line that a kill cut short is closed first."""
     end = os.lseek(handle, 0, os.SEEK_END)
     torn = end > 0 and os.pread(handle, 1, end - 1) != b"\n"
-    text = f"{line}\n".encode()
+    text = line.encode()
     os.write(handle, b"\n" + text if torn else text)
     os.fsync(handle)
 

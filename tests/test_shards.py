@@ -31,7 +31,7 @@ def images_of(shard: Shard) -> Tensor:
 
 def fill(one: ShardSet) -> None:
     for shard in one.pending():
-        one.write(shard, images_of(shard), 0.5)
+        one.write(shard, images_of(shard))
 
 
 @given(first=st.integers(0, 9**9), count=st.integers(1, 400), size=st.integers(1, 70))
@@ -51,7 +51,7 @@ def test_a_shard_is_a_whole_number_of_batches(tmp_path: Path, batch: int, size: 
 def test_images_come_back_rounded_and_in_order(tmp_path: Path) -> None:
     one = ShardSet.create(tmp_path, MAKER, 5, 150, 10)
     fill(one)
-    assert one.pending() == [] and one.seconds == pytest.approx(0.5 * len(one.shards()))
+    assert one.pending() == []
     assert torch.equal(one.images(), to_uint8(images_of(Shard(5, 150))))
     assert torch.equal(one.images(7), to_uint8(images_of(Shard(5, 7))))
     assert to_uint8(torch.tensor([-1.0, 0.4 / 255, 0.6 / 255, 2.0])).tolist() == [0, 0, 1, 255]
@@ -92,16 +92,16 @@ def test_what_was_changed_removed_or_never_entered_is_missing(tmp_path: Path) ->
 def test_the_last_of_two_lines_counts(tmp_path: Path) -> None:
     """Two workers that draw one shard (an orphan of a killed job, and its successor) leave one whole shard."""
     one = ShardSet.create(tmp_path, MAKER, 0, 4, 4)
-    one.write(one.shards()[0], torch.zeros(4, 1, 2, 2), 1.0)
-    one.write(one.shards()[0], torch.ones(4, 1, 2, 2), 2.0)
-    assert one.pending() == [] and int(one.images().min()) == 255 and one.seconds == 2.0
+    one.write(one.shards()[0], torch.zeros(4, 1, 2, 2))
+    one.write(one.shards()[0], torch.ones(4, 1, 2, 2))
+    assert one.pending() == [] and int(one.images().min()) == 255
 
 
 def _child(folder: Path, rank: int) -> None:
     """A worker of two, until it is done or killed."""
     one = ShardSet.open(folder)
     for shard in one.pending()[rank::2]:
-        one.write(shard, images_of(shard), 0.0)
+        one.write(shard, images_of(shard))
 
 
 def _fork(folder: Path, rank: int) -> int:
@@ -150,7 +150,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_shard(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="No space left on device"):
-        one.write(one.shards()[0], images_of(one.shards()[0]), 0.0)
+        one.write(one.shards()[0], images_of(one.shards()[0]))
     monkeypatch.undo()
     assert one.pending() == one.shards() and not list(tmp_path.glob(".*.tmp"))
 
@@ -178,10 +178,19 @@ def test_a_second_writer_is_refused_until_the_first_ends_or_dies(tmp_path: Path)
         pass
 
 
-def test_the_manifest_is_one_json_object_a_line(tmp_path: Path) -> None:
-    one = ShardSet.create(tmp_path, MAKER, 3, 70, 70)
-    fill(one)
-    (line,) = (tmp_path / "manifest.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"first": 3, "count": 70, "file": one.shards()[0].name, "seconds": 0.5} | {
-        "sha256": one.entries()[one.shards()[0].name]["sha256"]
-    }
+def test_a_tidy_manifest_has_a_line_a_shard_in_order_whoever_wrote_them(tmp_path: Path) -> None:
+    contents = []
+    for name, order in (("forward", 1), ("backward", -1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "IMAGES", 4)
+            one = ShardSet.create(tmp_path / name, MAKER, 3, 18, 4)
+        for shard in one.shards()[::order]:
+            one.write(shard, images_of(shard))
+        one.write(one.shards()[1], images_of(one.shards()[1]))
+        one.tidy()
+        assert one.pending() == []
+        contents.append((one.folder / "manifest.jsonl").read_bytes())
+    assert contents[0] == contents[1]
+    lines = [json.loads(line) for line in contents[0].splitlines()]
+    assert [(line["first"], line["count"]) for line in lines] == [(3, 4), (7, 4), (11, 4), (15, 4), (19, 2)]
+    assert all(set(line) == {"file", "first", "count", "sha256"} for line in lines)

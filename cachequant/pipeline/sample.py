@@ -46,7 +46,7 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     adapter = context.adapter
     schedule = plan.schedule if plan else uniform_schedule(context.num_steps, 1)
     correction = plan.correction if plan else Correction()
-    cache = FeatureCache(schedule, keep=2 if correction.uses_forecast else 1)
+    cache = FeatureCache(schedule, 2 if correction.uses_forecast else 1, adapter.channel_dim)
     handle = install(adapter.denoiser, plan.quant, cache, correction=correction) if plan and plan.quant else None
     adapter.rebuild()
     inner = accelerated_step(adapter, cache, correction)
@@ -54,13 +54,13 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
 
     def step(call: Call) -> Tensor:
         """The accelerated step, with x_t kept where asked."""
-        if record and len(path) < context.num_steps:
+        if record and call.opens and len(path) < context.num_steps:
             path.append(call.x.detach().cpu().clone())
         return inner(call)
 
-    start = time.perf_counter()
+    start, batch_size = time.perf_counter(), context.config.sample.batch_size
     try:
-        images = torch.cat(list(context.run(step, cache, seeds, label, context.config.sample.batch_size)))
+        images = torch.cat(list(context.run(step, cache, seeds, label, batch_size, sampling=True)))
     finally:
         if handle is not None:
             handle.remove()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ from tqdm import tqdm
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.evaluation.grid import image_grid, save_image
-from cachequant.models.loading import Generator, identify, read_prompts
+from cachequant.models.loading import Generator
+from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.workers import Items, finish, predict
-from cachequant.plan import Plan
 from cachequant.shards import Shard, ShardSet
-from cachequant.storage import content_hash
+from cachequant.storage import content_hash, load_json, save_json
 
 Draw = Callable[[list[int]], Tensor]
 """Seeds -> images [B, C, H, W] in [0, 1]."""
@@ -73,9 +71,9 @@ class ShardSampler(lightning.LightningModule):
 
     def predict_step(self, number: int) -> int:
         """Draw one shard and file it."""
-        shard, start = self._mine[number], time.perf_counter()
+        shard = self._mine[number]
         images = torch.cat([self._batch(shard, i) for i in range(0, shard.count, self.batch_size)])
-        self.shards.write(shard, images, time.perf_counter() - start)
+        self.shards.write(shard, images)
         return shard.count
 
     def _batch(self, shard: Shard, start: int) -> Tensor:
@@ -106,16 +104,31 @@ class Sampled:
 def fill(trainer: lightning.Trainer, sampler: ShardSampler) -> float:
     """Run a sampler in every worker, until no shard is missing: seconds from the first image to the last worker's end.
 
+    The first worker then leaves grid.png, the manifest in order, and seconds.json with what the calls that came to their
+    end drew, and how long that took by the clock.
+
     Raises:
         UserError: shards are missing although every worker is done (another program changed the folder).
     """
     predict(trainer, sampler)
     finish(trainer)
     seconds = time.perf_counter() - sampler.began
-    missing = sampler.shards.pending() if trainer.is_global_zero else []
-    if missing:
-        raise UserError(f"{sampler.shards.folder} still lacks {missing[0].name}: run the same command again")
+    if trainer.is_global_zero:
+        missing = sampler.shards.pending()
+        if missing:
+            raise UserError(f"{sampler.shards.folder} still lacks {missing[0].name}: run the same command again")
+        _conclude(sampler.shards, sampler.drawn, seconds)
     return seconds
+
+
+def _conclude(shards: ShardSet, drawn: int, seconds: float) -> None:
+    shards.tidy()
+    images = shards.images(SHOWN).float() / 255
+    save_image(image_grid({"samples": images}), shards.folder / "grid.png")
+    path = shards.folder / "seconds.json"
+    before = load_json(path) if path.is_file() else {"drawn": 0, "seconds": 0.0}
+    if drawn or not path.is_file():
+        save_json(path, {"drawn": before["drawn"] + drawn, "seconds": before["seconds"] + seconds})
 
 
 def begin_set(folder: Path, maker: dict[str, Any], config: RunConfig) -> ShardSet:
@@ -127,55 +140,33 @@ def begin_set(folder: Path, maker: dict[str, Any], config: RunConfig) -> ShardSe
     return shards
 
 
-def draw_with(pipe: Any, plan: Plan | None, config: RunConfig, quiet: bool = False) -> Draw:
-    """How a pipeline draws, accelerated by a plan that stays enabled on it, or as it is.
-
-    Raises:
-        UserError: the plan does not fit the pipeline.
-    """
-    from cachequant.api import enable  # which knows the stages, which know this module
-
-    if plan is not None:
-        with redirect_stdout(StringIO()) if quiet else nullcontext():
-            enable(pipe, plan)
-    pipe.set_progress_bar_config(disable=True)
-    return Generator(pipe, config.sampler, read_prompts(config.sampler.prompts))
-
-
-def sample_plan(
-    pipe: Any, plan: Plan | None, name: str, folder: Path, trainer: lightning.Trainer, config: RunConfig
+def sample_pipeline(
+    pipe: Any, config: RunConfig, maker: dict[str, Any], folder: Path, trainer: lightning.Trainer
 ) -> Sampled | None:
-    """Images of a plan, or of the untouched model, as shards; None in workers other than the first.
+    """`sample.count` images of a pipeline as it is, accelerated or not; None in workers other than the first.
 
     Args:
-        pipe: the pipeline that the plan was made for, on the trainer's device.
-        plan: what accelerates it; None runs every step in full, in float32: the reference of paired metrics.
-        name: what tells the plan from others, as its file's sha256.
+        pipe: on the trainer's device, with a plan enabled on it or none.
+        config: sampler and `sample.*`.
+        maker: what tells these images from others, beside the sampler: model, plan.
         folder: where the shards go; what is there already is kept.
         trainer: of `make_trainer`.
-        config: the plan's, with other `sample.*` perhaps.
 
     Raises:
-        UserError: the folder holds other images, or anything that `enable` refuses.
+        UserError: the folder holds other images, or the pipeline refuses the call.
     """
-    identity = asdict(identify(pipe, config.sampler.guidance_scale))
-    prompts = content_hash(list(read_prompts(config.sampler.prompts)))
-    maker = {"plan": name, "sampler": {**asdict(config.sampler), "prompts": prompts}, **identity}
-    draw = draw_with(pipe, plan, config, quiet=not trainer.is_global_zero)
+    prompts = read_prompts(config.sampler.prompts)
+    sampler_facts = {**asdict(config.sampler), "prompts": content_hash(list(prompts))}
+    pipe.set_progress_bar_config(disable=True)
     sampler = ShardSampler(
-        lambda: begin_set(folder, maker, config), lambda: (ShardSet.open(folder), draw), config.sample.batch_size
+        lambda: begin_set(folder, {**maker, "sampler": sampler_facts}, config),
+        lambda: (ShardSet.open(folder), Generator(pipe, config.sampler, prompts)),
+        config.sample.batch_size,
     )
     seconds = fill(trainer, sampler)
     if not trainer.is_global_zero:
         return None
-    save_grid(sampler.shards)
     return Sampled(sampler.shards, sampler.drawn, seconds)
-
-
-def save_grid(shards: ShardSet) -> None:
-    """grid.png of the first images."""
-    images = shards.images(SHOWN).float() / 255
-    save_image(image_grid({"samples": images}), shards.folder / "grid.png")
 
 
 def _hidden(trainer: lightning.Trainer) -> bool | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ class Stages:
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
-            "prompts": list(context.generator.prompts),
+            "prompts": list(context.generator().prompts),
             "cache": asdict(config.cache),
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
@@ -160,9 +162,10 @@ class Stages:
     def correction(self) -> tuple[Correction, str]:
         """Stage 5: the corrections of the quantised layers beside those of the cache."""
         (schedule, _), (correction, _), (state, parent) = self.schedule(), self.cache_correction(), self.quant()
+        calibration, _ = self.calibration()
 
         def compute() -> Correction:
-            return correction if state is None else fit_quantised(self.context, schedule, correction, state)
+            return fit_quantised(self.context, schedule, correction, state, calibration.spread)
 
         inputs = {"parent": parent, "correction": asdict(self.context.config.correction)}
         return self.store.obtain(5, "fit_dec_quant", inputs, compute, _save_correction, _load_correction)
@@ -178,6 +181,7 @@ class Stages:
             "seed": config.calibration.seed,
             "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
             "measured": calibration.measured,
+            "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         identity, timesteps = context.identity, context.timesteps
         return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
@@ -192,8 +196,7 @@ class Stages:
 
     def samples(self) -> tuple[ShardSet, str]:
         """Stage 6: images of the plan; what several workers have left to do (`fill`), this process does."""
-        from cachequant.pipeline.sampling import save_grid  # Lightning is imported by those who sample
-        from cachequant.pipeline.workers import make_trainer
+        from cachequant.pipeline.workers import make_trainer  # Lightning is imported by those who sample
 
         inputs = self._sample_inputs(self.plan()[1])
 
@@ -203,26 +206,30 @@ class Stages:
                 self.fill(make_trainer(str(self.context.pipe.device)))
             return ShardSet.open(folder)
 
-        return self.store.obtain(6, "sample", inputs, compute, lambda _, made: save_grid(made), ShardSet.open, True)
+        return self.store.obtain(6, "sample", inputs, compute, lambda *_: None, ShardSet.open, resumes=True)
 
     def fill(self, trainer: Any) -> None:
         """The work of stage 6, by every worker; the first one sees to the stages before it, the others wait for it."""
-        from cachequant.api import disable, find  # which knows the stages
-        from cachequant.pipeline.sampling import Draw, ShardSampler, begin_set, draw_with, fill
+        from cachequant.api import disable, enable, find  # which knows the stages
+        from cachequant.pipeline.sampling import Draw, ShardSampler, begin_set, fill
 
         context = self.context
+        bars = dict(getattr(context.pipe, "_progress_bar_config", {}))
 
         def begin() -> None:
             folder, key = self._images_folder()
             begin_set(folder, {"key": key}, context.config)
 
         def join() -> tuple[ShardSet, Draw]:
-            plan, _ = self.plan()
-            return ShardSet.open(self._images_folder()[0]), draw_with(context.pipe, plan, context.config, quiet=True)
+            with redirect_stdout(StringIO()):
+                enable(context.pipe, self.plan()[0])
+            context.pipe.set_progress_bar_config(disable=True)
+            return ShardSet.open(self._images_folder()[0]), context.generator(sampling=True)
 
         try:
             fill(trainer, ShardSampler(begin, join, context.config.sample.batch_size))
         finally:
+            context.pipe.set_progress_bar_config(**bars)
             if find(context.pipe) is not None:
                 disable(context.pipe)
 
@@ -234,7 +241,10 @@ class Stages:
 
     def _sample_inputs(self, parent: str) -> dict[str, Any]:
         """What determines stage 6's images."""
-        return {"parent": parent, "sample": asdict(self.context.config.sample), "files": "shards"}
+        prompts = self.context.generator(sampling=True).prompts
+        return {
+            "parent": parent, "sample": asdict(self.context.config.sample), "prompts": list(prompts), "files": "shards",
+        }  # fmt: skip
 
 
 def _save_correction(folder: Path, value: Correction) -> None:
@@ -246,7 +256,7 @@ def _load_correction(folder: Path) -> Correction:
 
 
 def _save_calibration(folder: Path, value: Calibration) -> None:
-    flat = {"band": value.band, "weights": value.weights}
+    flat = {"band": value.band, "weights": value.weights, "spread": value.spread}
     for step, entry in enumerate(value.inputs):
         flat[f"inputs.{step}.x"] = entry.x
         flat[f"inputs.{step}.timestep"] = entry.timestep
@@ -267,7 +277,8 @@ def _load_calibration(folder: Path) -> Calibration:
         own = {name[len(prefix) :]: tensor for name, tensor in flat.items() if name.startswith(prefix)}
         kwargs = own if step == 0 else {**entries[0].kwargs, **own}  # the same conditioning is saved once
         entries.append(StepInput(flat[f"inputs.{step}.x"], flat[f"inputs.{step}.timestep"], kwargs))
-    return Calibration(flat["band"], record["cost"], flat["weights"], tuple(entries), record["measured"])
+    band, weights, spread = flat["band"], flat["weights"], flat["spread"]
+    return Calibration(band, record["cost"], weights, spread, tuple(entries), record["measured"])
 
 
 def _save_moments(folder: Path, value: dict[int, Moments]) -> None:

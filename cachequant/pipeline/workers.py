@@ -23,6 +23,8 @@ from cachequant.models.loading import torch_device
 PATIENCE = timedelta(days=1)
 """How long a worker that is done waits for the slowest; one that died ends the whole job at once."""
 
+PARENT = "CACHEQUANT_PARENT"
+
 
 class Items(Iterable[int]):
     """Batches of a predict loop, each an index: a data loader without a length, so that a worker may have none."""
@@ -48,7 +50,7 @@ def make_trainer(device: str = "auto", devices: int | None = None, nodes: int | 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # torchrun sets it
     devices = (local or 1) if devices is None else devices
     nodes = (int(os.environ["WORLD_SIZE"]) // local if local else 1) if nodes is None else nodes
-    target = torch_device(device)
+    target: Any = torch_device(device)  # its index may be None, whatever its annotation says
     several = devices * nodes > 1
     if devices < 1 or nodes < 1:
         raise UserError(f"--devices {devices} and --nodes {nodes} given, expected 1 or more of both")
@@ -58,6 +60,8 @@ def make_trainer(device: str = "auto", devices: int | None = None, nodes: int | 
         )
     if target.type == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"--devices {devices} given, but this machine has {torch.cuda.device_count()} GPUs: lower it")
+    if several:
+        _end_with_parent()
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # which devices there are is printed by no one else either
     chosen: Any = [target.index] if target.index is not None else devices
@@ -87,7 +91,6 @@ def predict(trainer: lightning.Trainer, module: lightning.LightningModule) -> No
         UserError: the job scheduler started another number of workers than was asked for.
         KeyboardInterrupt: as it came; Lightning would exit.
     """
-    _end_with_parent(trainer)
     with one_line_if_a_worker_is_lost(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning's own call of torch
         try:
@@ -135,17 +138,23 @@ def finish(trainer: lightning.Trainer) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _end_with_parent(trainer: lightning.Trainer) -> None:
-    """Let a worker that another process started die with it, instead of waiting for a peer that is gone."""
-    parent = os.getppid()
+def _end_with_parent() -> None:
+    """Let a worker die with the process that started it, instead of waiting for a peer that is gone.
+
+    Lightning's own workers know that process by a variable, as it may be gone before they come here.
+    """
+    started_by_lightning = "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[PARENT] = str(os.getpid())  # for those that it will start
+        return
+    parent = int(os.environ.get(PARENT, os.getppid())) if started_by_lightning else os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    if trainer.world_size > 1 and (trainer.local_rank > 0 or "TORCHELASTIC_RUN_ID" in os.environ):
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def share(count: int, trainer: lightning.Trainer) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def sets(pictures: Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         several = shards.ShardSet.create(root / "shards", {}, 70, COUNT, 2)
     for shard in several.shards():
         first = shard.first - 70
-        several.write(shard, pictures[first : first + shard.count].float() / 255, 0.0)
+        several.write(shard, pictures[first : first + shard.count].float() / 255)
     names = ("png", "stored.npz", "packed.npz", "bytes.safetensors", "floats.safetensors", "shards")
     return {name: root / name for name in names}
 
@@ -162,7 +162,7 @@ def test_statistics_of_a_reference_batch_are_read(tmp_path: Path) -> None:
 
 def test_a_shard_that_was_changed_is_not_read(tmp_path: Path) -> None:
     one = ShardSet.create(tmp_path, {}, 0, 2, 2)
-    one.write(one.shards()[0], torch.rand(2, 3, 4, 4), 0.0)
+    one.write(one.shards()[0], torch.rand(2, 3, 4, 4))
     path = tmp_path / one.shards()[0].name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -178,7 +178,7 @@ def test_prompts_follow_the_seed_of_shards_and_the_order_of_files(tmp_path: Path
     from cachequant.shards import ShardSet
 
     one = ShardSet.create(tmp_path, {}, 7, 4, 4)
-    one.write(one.shards()[0], torch.rand(4, 3, 4, 4), 0.0)
+    one.write(one.shards()[0], torch.rand(4, 3, 4, 4))
     assert _texts(open_images(tmp_path), ("a", "b", "c")) == ["b", "c", "a", "b"]  # as `Generator` cycles them
     save_file({"images": pictures(2, 0)}, tmp_path / "x.safetensors")
     assert _texts(open_images(tmp_path / "x.safetensors"), ("a", "b")) == ["a", "b"]

@@ -23,7 +23,7 @@ from cachequant import shards
 from cachequant.cli import main
 from cachequant.config import RunConfig, repository_folder
 from cachequant.models.loading import Generator
-from cachequant.pipeline.sampling import draw_with, sample_plan
+from cachequant.pipeline.sampling import sample_pipeline
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.workers import make_trainer
 from cachequant.shards import ShardSet, to_uint8
@@ -73,8 +73,8 @@ def test_images_are_those_of_their_seeds(plan_folder: Path, weights_file: Path, 
     sets = []
     for batch_size in (1, 2, 5):
         plan.config.sample.batch_size = batch_size
-        pipe = cq.load_pipeline(weights_file, "cpu")
-        made = sample_plan(pipe, plan, "x", tmp_path / str(batch_size), make_trainer("cpu"), plan.config)
+        pipe = cq.enable(cq.load_pipeline(weights_file, "cpu"), plan)
+        made = sample_pipeline(pipe, plan.config, {}, tmp_path / str(batch_size), make_trainer("cpu"))
         assert made is not None
         sets.append(made.shards.images())
     pipe = cq.enable(cq.load_pipeline(weights_file, "cpu"), plan)
@@ -91,7 +91,7 @@ def test_the_untouched_model_starts_from_the_same_noise(plan_folder: Path, weigh
     expected = Generator(pipe, plan.config.sampler)(list(range(90_000, 90_005)))
     made = ShardSet.open(tmp_path / "full").images()
     assert (made.int() - to_uint8(expected).int()).abs().max() <= 1
-    quick = sample_plan(pipe, plan, "x", tmp_path / "quick", make_trainer("cpu"), plan.config)
+    quick = sample_pipeline(cq.enable(pipe, plan), plan.config, {}, tmp_path / "quick", make_trainer("cpu"))
     assert quick is not None and not torch.equal(quick.shards.images(), made)
 
 
@@ -127,7 +127,7 @@ def test_stage_six_leaves_the_pipeline_as_it_was(pipe: Any, configure: Configure
     assert samples.count == 2 and (samples.folder / "grid.png").is_file()
     assert cq.api.find(pipe) is None  # type: ignore[attr-defined]
     plan, _ = Stages.at(context, tmp_path, quiet=True).plan()
-    expected = draw_with(pipe, plan, context.config, quiet=True)([90_000, 90_001])
+    expected = Generator(cq.enable(pipe, plan), context.config.sampler)([90_000, 90_001])
     assert torch.equal(samples.images(), to_uint8(expected).expand_as(samples.images()))
 
 
