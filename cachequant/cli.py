@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "evaluate", "judge images: FID, sFID, IS, precision, recall and others", _evaluate, False
     )
     _evaluate_options(evaluate)
+    report = _command(commands, "report", "one page about a plan, drawn from here and now", _report, computes=False)
+    report.add_argument("folder", type=Path, help="plan folder, or run folder with its plans")
+    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file, default report.html in the folder")
+    report.add_argument("--count", type=int, default=6, metavar="N", help="images of each row, default 6")
+    report.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    report.epilog = "--json: {page: file, rows: [{name, psnr, ssim, seconds, …}]}"
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
@@ -268,6 +274,18 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"{name:20} {value:.4f}")
     reference = None if args.ref is None else str(args.ref)
     _report_json(args, {"images": str(args.images), "reference": reference, "metrics": found})
+
+
+def _report(args: argparse.Namespace) -> None:
+    from cachequant.evaluation.rows import format_table, rows_to_json
+    from cachequant.pipeline.report import write_plan_report
+
+    if args.count < 1:
+        raise UserError(f"--count is {args.count}, expected 1 or more images")
+    out = args.out or args.folder / "report.html"
+    rows = write_plan_report(args.folder, out, args.count, args.device)
+    print(f"{format_table(rows)}\n\nwrote {out}")
+    _report_json(args, {"page": str(out), **rows_to_json(rows)})
 
 
 def _inspect(args: argparse.Namespace) -> None:
