@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cachequant.errors import UserError
 from cachequant.evaluation.extra import require
 from cachequant.evaluation.weights import INCEPTION, find_weights
+from cachequant.models.original.checkpoint import read_checkpoint
 
 POOL, SPATIAL, CLASSES = 2048, 2023, 1008
 SPATIAL_CHANNELS = 7
@@ -69,8 +70,7 @@ class Inception(nn.Module):
         Raises:
             UserError: they are not there, or damaged.
         """
-        path = find_weights(INCEPTION, folder)
-        return Inception(torch.load(path, map_location="cpu", weights_only=True)).eval()
+        return Inception(read_checkpoint(find_weights(INCEPTION, folder)).tensors).eval()
 
     def _catch(self, _: nn.Module, __: Any, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]

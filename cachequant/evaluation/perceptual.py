@@ -20,6 +20,7 @@ from cachequant.evaluation.weights import (
     find_clip_weights,
     find_weights,
 )
+from cachequant.models.original.checkpoint import read_checkpoint
 
 CLIP_MODEL = "ViT-g-14"
 
@@ -51,8 +52,7 @@ class Lpips(nn.Module):
         Raises:
             UserError: they are not there, or damaged.
         """
-        path = find_weights(ALEXNET, folder)
-        return Lpips(torch.load(path, map_location="cpu", weights_only=True)).eval()
+        return Lpips(read_checkpoint(find_weights(ALEXNET, folder)).tensors).eval()
 
     @torch.no_grad()
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

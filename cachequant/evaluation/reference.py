@@ -34,6 +34,23 @@ class Reference:
     gaussians: dict[str, Gaussian] = field(default_factory=dict)
 
 
+def _statistics(path: Path) -> tuple[set[str], dict[str, Gaussian]]:
+    """Names of an .npz's arrays, and the statistics among them; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+
+            def array(name: str) -> Tensor:
+                with archive.open(f"{name}.npy") as stream:
+                    return torch.from_numpy(np.lib.format.read_array(stream, allow_pickle=False))
+
+            pairs = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
+            found = {metric: (array(mu), array(sigma)) for metric, (mu, sigma) in pairs.items() if {mu, sigma} <= names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+        raise UserError(f"{path} is no readable .npz ({str(error)[:80]}): fetch it again") from None
+    return names, found
+
+
 @dataclass
 class HeldImages:
     """Images in memory: [n, 3, H, W] uint8."""
@@ -62,16 +79,7 @@ def open_reference(path: Path, resize: int | None = None) -> Reference:
         return Reference(HeldImages(images.expand(-1, 3, -1, -1)))
     if path.suffix != ".npz" or not path.is_file():
         return Reference(open_images(path, resize))
-    try:
-        with np.load(path) as archive:
-            names = set(archive.files)
-            found = {
-                metric: (torch.from_numpy(archive[mu]), torch.from_numpy(archive[sigma]))
-                for metric, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s"))
-                if {mu, sigma} <= names
-            }
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
-        raise UserError(f"{path} is no readable .npz ({str(error)[:80]}): fetch it again") from None
+    names, found = _statistics(path)
     for metric, (mu, sigma) in found.items():
         channels = POOL if metric == "fid" else SPATIAL
         if mu.shape != (channels,) or sigma.shape != (channels, channels):
