@@ -3,12 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMP := $(VENV)/.installed
+EVAL := .venv-eval
+# torchvision 0.28 belongs to torch 2.13: change both together.
+EVAL_PACKAGES := torchvision==0.28.0 torch-fidelity==0.4.0 open_clip_torch==3.3.0 timm==1.0.31 ftfy==6.3.1 wcwidth
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint kernels clean
+.PHONY: help setup demo test test-eval lint kernels clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the package with its development tools
 
@@ -28,6 +31,12 @@ demo: setup ## run the demonstration
 test: setup ## run the tests
 	@$(BIN)/python -m pytest
 
+# The eval extra lies beside the environment, not in it: a torchvision from the package index is built for CUDA, and beside
+# a CPU torch nothing that looks for it would import any more. The tests define what it lacks (tests/conftest.py).
+test-eval: setup ## run the tests that need the eval extra
+	@test -f $(EVAL)/.installed || { $(PIP) install --no-deps --target $(EVAL) $(EVAL_PACKAGES) && touch $(EVAL)/.installed; }
+	@PYTHONPATH=$(EVAL) $(BIN)/python -m pytest tests/evaluation/test_inception.py tests/evaluation/test_perceptual.py
+
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -35,6 +44,6 @@ lint: setup ## ruff and mypy
 kernels: ## build compiled kernels (none in this version)
 	@echo "Nothing to build: this version has no compiled kernels; the int8 kernels come later."
 
-clean: ## remove caches and build products (keeps .venv, runs and plans)
+clean: ## remove caches and build products (keeps environments, runs and plans)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	@find . \( -path ./$(VENV) -o -path ./$(EVAL) \) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ from typing import Any
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
+from cachequant.lock import writer_lock
 from cachequant.models.adapter import Adapter, adapter, denoiser_of
 from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
@@ -47,10 +48,11 @@ def calibrate(pipe: Any, config: RunConfig, folder: str | Path | None = None, qu
         quiet: no progress lines.
 
     Raises:
-        UserError: unsupported pipeline, impossible configuration, or one that is enabled already.
+        UserError: unsupported pipeline, impossible configuration, one that is enabled already, or a folder in use.
     """
-    context = Context.of(pipe, config)
-    return Stages.at(context, Path(folder) if folder else None, quiet=quiet).plan()[0]
+    stages = Stages.at(Context.of(pipe, config), Path(folder) if folder else None, quiet=quiet)
+    with writer_lock(stages.store.root):
+        return stages.plan()[0]
 
 
 def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "the six stages of a configuration, skipping what is current", _run)
     run.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
     run.add_argument("--out", type=Path, help="run folder, default runs/<model.name>")
+    _worker_options(run, device=False)
     run.epilog = "--json: {plan: folder, images: folder, refresh_steps: [int], seconds: float}"
     calibrate = _command(commands, "calibrate", "stages 1 to 5: make a plan and save it", _calibrate)
     calibrate.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
@@ -54,8 +57,26 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.epilog = "--json: {plan: folder, refresh_steps: [int], cost: float, uniform_cost: float}"
     sample = _command(commands, "sample", "images from a saved plan", _sample)
     sample.add_argument("plan", type=Path, help="plan folder")
-    sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
-    sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* only"
+    sample.add_argument("out", type=Path, help="folder of shards (safetensors), manifest.jsonl and grid.png")
+    sample.add_argument("--count", type=int, metavar="N", help="images, default sample.count of the plan")
+    sample.add_argument(
+        "--full", action="store_true", help="the untouched model from the same noise, every step in full"
+    )
+    _worker_options(sample, device=False)
+    sample.epilog = (
+        "Run it again to go on where it stopped. --set changes sample.* only. "
+        "--json: {images: folder, count: int, drawn: int, seconds: float}, the last two of this call"
+    )
+    evaluate = _command(
+        commands, "evaluate", "judge images: FID, sFID, IS, precision, recall and others", _evaluate, False
+    )
+    _evaluate_options(evaluate)
+    report = _command(commands, "report", "one page about a plan, drawn from here and now", _report, computes=False)
+    report.add_argument("folder", type=Path, help="plan folder, or run folder with its plans")
+    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file, default report.html in the folder")
+    report.add_argument("--count", type=int, default=6, metavar="N", help="images of each row, default 6")
+    report.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    report.epilog = "--json: {page: file, rows: [{name, psnr, ssim, seconds, …}]}"
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
@@ -97,6 +118,28 @@ def _command(
     return command
 
 
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.usage = "cachequant evaluate [options] images"
+    command.add_argument("images", type=Path, help="folder of PNG/JPG or shards, .safetensors, or .npz")
+    command.add_argument("--ref", type=Path, help=".npz batch or statistics, any image set, or fashion-mnist")
+    command.add_argument("--metrics", default="fid,sfid,is,precision,recall", metavar="A,B", help=(
+        "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips, frechet_fashion_cnn"))  # fmt: skip
+    command.add_argument("--prompts", metavar="FILE", help="text of each image, one a line, for clip")
+    command.add_argument("--resize", type=int, metavar="N", help="cut square and resize; 300 for Stable Diffusion")
+    command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the networks' weights")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
+    _worker_options(command)
+    command.epilog = "--json: {images: path, reference: path, metrics: {name: float}}"
+
+
+def _worker_options(command: argparse.ArgumentParser, device: bool = True) -> None:
+    """Where the work runs; torchrun and SLURM start their workers themselves."""
+    if device:
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--devices", type=int, metavar="N", help="workers a machine, default 1")
+    command.add_argument("--nodes", type=int, metavar="M", help="machines, default 1")
+
+
 def _report_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
     from cachequant.storage import save_json
 
@@ -106,9 +149,11 @@ def _report_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from cachequant.evaluation.rows import rows_to_json
+    from cachequant.lock import writer_lock
     from cachequant.pipeline.demo import run_demo
 
-    rows = run_demo(args.out, args.device, args.set)
+    with writer_lock(args.out):
+        rows = run_demo(args.out, args.device, args.set)
     print(f"\nwrote {args.out}/report.html, grid.png, schedule.png, error.png, quality.png, metrics.json")
     _report_json(args, rows_to_json(rows))
 
@@ -117,31 +162,56 @@ def stages_of(
     config_path: Path, overrides: list[str], device: str, out: Path | None = None, only: int | None = None
 ) -> Any:
     """The stages of a configuration file on its own pipeline; `only` allows just one of them to be computed."""
-    from cachequant.config import load_config
     from cachequant.models.loading import load_pipeline
     from cachequant.pipeline.context import Context
     from cachequant.pipeline.stages import Stages
 
-    config = load_config(config_path, overrides)
+    config = _config_of(config_path, overrides, device)
+    return Stages.at(Context.of(load_pipeline(config.model, config.device), config), out, only)
+
+
+def _config_of(path: Path, overrides: list[str], device: str) -> Any:
+    """A configuration file, on the device of the command line where that names one."""
+    from cachequant.config import load_config
+
+    config = load_config(path, overrides)
     if device != "auto":
         config.device = device
-    pipe = load_pipeline(config.model, config.device)
-    return Stages.at(Context.of(pipe, config), out, only)
+    return config
 
 
 def _run(args: argparse.Namespace) -> None:
-    stages = stages_of(args.config, args.set, args.device, args.out)
+    from cachequant.lock import writer_lock
+    from cachequant.models.loading import load_pipeline
+    from cachequant.pipeline.context import Context
+    from cachequant.pipeline.stages import Stages
+    from cachequant.pipeline.workers import make_trainer
+    from cachequant.storage import load_json
+
+    config = _config_of(args.config, args.set, args.device)
+    trainer = make_trainer(config.device, args.devices, args.nodes)
+    pipe, first = load_pipeline(config.model, str(trainer.strategy.root_device)), trainer.is_global_zero
+    stages = Stages.at(Context.of(pipe, config), args.out, quiet=not first)
     stages.context.generator(sampling=True)  # a prompt list that cannot be had is told now, not behind the calibration
-    (plan, _), (samples, images_key) = stages.plan(), stages.samples()
-    folder, images = stages.save_plan(), stages.store.root / f"6_sample-{images_key[:12]}"
-    print(f"{plan.summary()}\nplan         {folder}\nimages       {images}/grid.png, {samples.seconds:.1f} s")
-    steps = list(plan.schedule.refresh_steps)
-    _report_json(args, {"plan": str(folder), "images": str(images), "refresh_steps": steps, "seconds": samples.seconds})
+    with writer_lock(stages.store.root) if first else nullcontext():
+        if trainer.world_size > 1:
+            stages.fill(trainer)
+        if not first:
+            return
+        (plan, _), (samples, _), folder = stages.plan(), stages.samples(), stages.save_plan()
+    seconds = load_json(samples.folder / "seconds.json")["seconds"]
+    print(f"{plan.summary()}\nplan         {folder}\nimages       {samples.folder}/grid.png, {seconds:.1f} s")
+    steps, images = list(plan.schedule.refresh_steps), str(samples.folder)
+    _report_json(args, {"plan": str(folder), "images": images, "refresh_steps": steps, "seconds": seconds})
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    plan, _ = stages_of(args.config, args.set, args.device).plan()
-    plan.save(args.plan)
+    from cachequant.lock import writer_lock
+
+    stages = stages_of(args.config, args.set, args.device)
+    with writer_lock(stages.store.root):
+        plan, _ = stages.plan()
+        plan.save(args.plan)
     print(f"{plan.summary()}\nplan         {args.plan}")
     schedule = plan.schedule
     numbers = {"cost": schedule.cost, "uniform_cost": schedule.uniform_cost}
@@ -149,26 +219,33 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from cachequant.api import enable
-    from cachequant.evaluation.grid import image_grid, save_image
-    from cachequant.models.loading import load_pipeline
-    from cachequant.pipeline.sample import draw_enabled
-    from cachequant.plan import Plan
-    from cachequant.storage import make_folder, save_tensors
+    from dataclasses import asdict
 
-    make_folder(args.out)
+    from cachequant.api import enable
+    from cachequant.lock import writer_lock
+    from cachequant.models.loading import identify, load_pipeline
+    from cachequant.pipeline.sampling import sample_pipeline
+    from cachequant.pipeline.workers import make_trainer
+    from cachequant.plan import Plan
+    from cachequant.storage import file_hash
+
     plan = Plan.load(args.plan)
-    config = _with_sample_settings(plan.config, args.set)
-    pipe = enable(load_pipeline(config.model, args.device), plan)
-    samples = draw_enabled(pipe, config)
-    save_tensors(args.out / "images.safetensors", {"images": samples.images})
-    save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")
-    print(f"{len(samples.images)} images in {samples.seconds:.1f} s: {args.out}/grid.png")
-    value = {
-        "images": str(args.out / "images.safetensors"),
-        "count": len(samples.images),
-        "seconds": samples.seconds,
-    }
+    count = [] if args.count is None else [f"sample.count={args.count}"]
+    config = _with_sample_settings(plan.config, [*args.set, *count])
+    trainer = make_trainer(args.device, args.devices, args.nodes)
+    first = trainer.is_global_zero
+    with writer_lock(args.out) if first else nullcontext():
+        pipe = load_pipeline(config.model, str(trainer.strategy.root_device))
+        maker = {"plan": "none" if args.full else file_hash(args.plan / "plan.json")}
+        maker |= asdict(identify(pipe, config.sampler.guidance_scale))
+        if not args.full:
+            with nullcontext() if first else redirect_stdout(StringIO()):
+                enable(pipe, plan)
+        made = sample_pipeline(pipe, config, maker, args.out, trainer)
+    if made is None:
+        return
+    print(f"{made.shards.count} images, of which {made.drawn} drawn now in {made.seconds:.1f} s: {args.out}/grid.png")
+    value = {"images": str(args.out), "count": made.shards.count, "drawn": made.drawn, "seconds": made.seconds}
     _report_json(args, value)
 
 
@@ -180,6 +257,35 @@ def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
     if wrong:
         raise UserError(f"--set {wrong[0]} with a plan, expected sample.* keys only: calibrate again to change others")
     return apply_overrides(config, overrides)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from cachequant.evaluation.suite import Request
+    from cachequant.models.prompts import read_prompts
+    from cachequant.pipeline.evaluate import evaluate
+
+    metrics = tuple(name.strip() for name in args.metrics.split(","))
+    prompts = read_prompts(args.prompts)
+    request = Request(args.images, metrics, args.ref, prompts, args.weights, args.resize)
+    found = evaluate(request, args.batch_size, args.device, args.devices, args.nodes)
+    if found is None:
+        return
+    for name, value in found.items():
+        print(f"{name:20} {value:.4f}")
+    reference = None if args.ref is None else str(args.ref)
+    _report_json(args, {"images": str(args.images), "reference": reference, "metrics": found})
+
+
+def _report(args: argparse.Namespace) -> None:
+    from cachequant.evaluation.rows import format_table, rows_to_json
+    from cachequant.pipeline.report import write_plan_report
+
+    if args.count < 1:
+        raise UserError(f"--count is {args.count}, expected 1 or more images")
+    out = args.out or args.folder / "report.html"
+    rows = write_plan_report(args.folder, out, args.count, args.device)
+    print(f"{format_table(rows)}\n\nwrote {out}")
+    _report_json(args, {"page": str(out), **rows_to_json(rows)})
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -210,6 +316,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
     """One numbered script: parse, load, run the stage, save."""
+    from cachequant.lock import writer_lock
     from cachequant.pipeline.stages import STAGES
 
     name = STAGES[number - 1]
@@ -224,7 +331,8 @@ def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
 
     def action() -> None:
         stages = stages_of(args.config, args.set, args.device, args.out, number)
-        _, key = stages.run(number)
+        with writer_lock(stages.store.root):
+            _, key = stages.run(number)
         print(f"stage {number} ({name}) is done: {stages.store.root}, {key[:12]}")
         if number == 5:
             print(f"plan: {stages.save_plan()}")

@@ -8,14 +8,13 @@ The errors come in closed form from the sums that stages 2 and 5 gather, relativ
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.cli import guarded, stages_of
-from cachequant.correction import Moments
 from cachequant.errors import UserError
+from cachequant.evaluation.errors import relative_errors
 from cachequant.evaluation.plots import curve_figure, save_figure
 from cachequant.pipeline.dec_quant import gather_products
 from cachequant.pipeline.stages import Stages
@@ -23,16 +22,6 @@ from cachequant.quant.convert import install
 from cachequant.storage import save_json
 
 Curves = dict[str, dict[int, float]]
-
-
-def relative_errors(moments: dict[int, Moments], ridge: float) -> tuple[dict[int, float], dict[int, float]]:
-    """√(mean squared error / mean square of the target) over all channels, without and with the fit, by step."""
-    before, after = {}, {}
-    for step, sums in moments.items():
-        power = float(sums.target_power.sum())
-        before[step] = math.sqrt(float(sums.error().sum()) / power)
-        after[step] = math.sqrt(float(sums.error(sums.solve(ridge)).sum()) / power)
-    return before, after
 
 
 def cache_curves(stages: Stages) -> Curves:

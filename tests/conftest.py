@@ -1,12 +1,34 @@
 """Fixtures of every test."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring
+
+
+def _make_torchvision_importable() -> list[torch.library.Library]:
+    """torchvision from the package index is built for CUDA: beside a CPU torch its operators are missing.
+
+    Nothing here calls them, but the import asks for their schemas. In an environment without torchvision, or with one
+    that fits its torch, nothing is done.
+    """
+    if find_spec("torchvision") is None:
+        return []
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return [library]
+    return []
+
+
+_OPERATORS = _make_torchvision_importable()  # held, or they would be gone again
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ SET = [word for item in SMALL for word in ("--set", item)]
 def test_help_of_every_command_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "demo" in capsys.readouterr().out
-    for command in ("demo", "run", "calibrate", "sample", "inspect"):
+    for command in ("demo", "run", "calibrate", "sample", "evaluate", "report", "inspect"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         text = capsys.readouterr().out
@@ -81,8 +81,10 @@ def test_run_inspect_sample_and_calibrate_work_together(capsys: pytest.CaptureFi
     assert main(["inspect", made["plan"], "--json", str(note)]) == 0
     assert json.loads(note.read_text())["schedule"]["refresh_steps"] == [0, 2]
     capsys.readouterr()
-    assert main(["sample", made["plan"], str(tmp_path / "images"), "--set", "sample.count=1"]) == 0
-    assert "1 images in" in capsys.readouterr().out
+    assert main(["sample", made["plan"], str(tmp_path / "images"), "--count", "1"]) == 0
+    assert "1 images, of which 1 drawn now in" in capsys.readouterr().out
+    assert main(["sample", made["plan"], str(tmp_path / "images"), "--count", "1", "--full"]) == 2
+    assert "holds other images (of plan" in capsys.readouterr().err
     assert main(["sample", made["plan"], str(tmp_path / "images"), "--set", "cache.interval=3"]) == 2
     assert "sample.* keys only" in capsys.readouterr().err
 
@@ -91,7 +93,7 @@ def test_numbered_scripts_run_in_order_and_share_their_outputs(tmp_path: Path) -
     assert stage_main(2, [CONFIG, *SET, "--out", str(tmp_path)]) == 2
     for number in range(1, 7):
         assert stage_main(number, [CONFIG, *SET, "--set", "method=paper", "--out", str(tmp_path)]) == 0
-    assert {p.name[0] for p in tmp_path.iterdir()} == set("123456p")
+    assert {p.name[0] for p in tmp_path.iterdir()} == set("123456p.")  # .lock
 
 
 def test_each_numbered_script_is_its_stage() -> None:

@@ -1,15 +1,17 @@
-"""Distances between two sets of feature vectors, in float64, as guided-diffusion's evaluator defines them.
+"""Fréchet distance and inception score of streamed features, in float64, as guided-diffusion's evaluator defines them.
 
-The names say nothing of the features: over Inception's they are FID, sFID, IS, precision and recall.
+The names say nothing of the features: over Inception's they are FID, sFID and IS.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cachequant.errors import UserError
+
+Gaussian = tuple[Tensor, Tensor]
+"""Mean [C] and covariance [C, C]."""
 
 
 @dataclass
@@ -43,6 +45,14 @@ class FeatureStatistics:
         merged.outer += self.outer + other.outer
         return merged
 
+    def state(self) -> list[Tensor]:
+        """What adds over workers."""
+        return [torch.tensor(self.count), self.total, self.outer]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Take the sums of all workers."""
+        self.count, self.total, self.outer = int(state[0]), state[1], state[2]
+
     @property
     def mean(self) -> Tensor:
         """Mean float64 `[C]`; raises UserError before the first sample."""
@@ -55,6 +65,11 @@ class FeatureStatistics:
         self._require(2)
         mean = self.mean
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance."""
+        return self.mean, self.covariance
 
     def _require(self, samples: int) -> None:
         if self.count < samples:
@@ -88,52 +103,63 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
 
 
-def inception_score(probs: Tensor, split_size: int = 5000) -> float:
-    """exp(E KL(p(y|x) || p(y))) of class probabilities `[N, K]`, the mean over consecutive splits.
+@dataclass
+class ScoreSums:
+    """Streaming inception score: for each split of consecutive images the sums of p and of p log p, in float64.
 
-    Salimans et al. 2016. The last split may be shorter, as in guided-diffusion.
+    `size` images a split as in guided-diffusion; the last split may be shorter.
+    """
+
+    images: int
+    classes: int
+    size: int = 5000
+    counts: Tensor = field(init=False)
+    marginal: Tensor = field(init=False)
+    negentropy: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.size < 1:
+            raise UserError(f"{self.images} images in splits of {self.size} given; expected 1 or more of both")
+        splits = -(-self.images // self.size)
+        self.counts = torch.zeros(splits, dtype=torch.float64)  # [S]
+        self.marginal = torch.zeros(splits, self.classes, dtype=torch.float64)  # [S, K]
+        self.negentropy = torch.zeros(splits, dtype=torch.float64)  # [S]
+
+    def update(self, start: int, probs: Tensor) -> None:
+        """Adds class probabilities `[N, K]` of the images start … start + N - 1."""
+        probs = probs.detach().to("cpu", torch.float64)
+        split = torch.arange(start, start + len(probs)) // self.size  # [N]
+        self.counts.index_add_(0, split, torch.ones(len(probs), dtype=torch.float64))
+        self.marginal.index_add_(0, split, probs)
+        self.negentropy.index_add_(0, split, torch.xlogy(probs, probs).sum(1))
+
+    def state(self) -> list[Tensor]:
+        """What adds over workers."""
+        return [self.counts, self.marginal, self.negentropy]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Take the sums of all workers."""
+        self.counts, self.marginal, self.negentropy = state
+
+    @property
+    def value(self) -> float:
+        """exp(E KL(p(y|x) || p(y))), the mean over splits (Salimans et al. 2016).
+
+        E KL = E[Σ p log p] - Σ m log m with m = E[p], which needs the sums alone.
+        """
+        marginal = self.marginal / self.counts[:, None]  # [S, K]
+        divergence = self.negentropy / self.counts - torch.xlogy(marginal, marginal).sum(1)
+        return float(divergence.exp().mean())
+
+
+def inception_score(probs: Tensor, split_size: int = 5000) -> float:
+    """`ScoreSums` of class probabilities `[N, K]` held at once.
 
     Raises:
         UserError: no samples, or splits of none.
     """
-    if probs.ndim != 2 or len(probs) == 0 or split_size < 1:
-        given = f"{list(probs.shape)} in splits of {split_size}"
-        raise UserError(f"{given} given; expected [N, K] with N >= 1 in splits of 1 or more: check both")
-    scores = [_split_score(part) for part in probs.to("cpu", torch.float64).split(split_size)]
-    return sum(scores) / len(scores)
-
-
-def _split_score(probs: Tensor) -> float:
-    marginal = probs.mean(0, keepdim=True)  # [1, K]
-    divergence = (torch.xlogy(probs, probs) - torch.xlogy(probs, marginal)).sum(1)  # [N]
-    return float(divergence.mean().exp())
-
-
-def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of `[N, C]` references and `[M, C]` samples.
-
-    A set's manifold is the union of balls around its points, each reaching its k-th nearest neighbour.
-    Precision is the share of samples in the references' manifold, recall the reverse.
-
-    Raises:
-        UserError: a set has k points or fewer.
-    """
-    if min(len(reference), len(samples)) <= k:
-        sizes = f"{len(reference)} references and {len(samples)} samples"
-        raise UserError(f"{sizes} given; expected more than {k} of each: use larger sets")
-    reference, samples = reference.to(torch.float64), samples.to(torch.float64)
-    return _share_inside(samples, reference, k), _share_inside(reference, samples, k)
-
-
-def _share_inside(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of `points` within some centre's ball, whose radius is the distance to its k-th neighbour."""
-    balls = [block.kthvalue(k + 1, dim=1).values for block in _distances(centres, centres)]  # 1st is itself
-    radii = torch.cat(balls)  # [N]
-    inside = [(block <= radii).any(dim=1) for block in _distances(points, centres)]
-    return float(torch.cat(inside).double().mean())
-
-
-def _distances(a: Tensor, b: Tensor, rows: int = 1000) -> Iterator[Tensor]:
-    """Euclidean distances of `[M, C]` to `[N, C]` in blocks `[<= rows, N]`, without the lossy matrix form."""
-    for block in a.split(rows):
-        yield torch.cdist(block, b, compute_mode="donot_use_mm_for_euclid_dist")
+    if probs.ndim != 2:
+        raise UserError(f"probabilities {list(probs.shape)} given; expected [N, K]: reshape")
+    sums = ScoreSums(len(probs), probs.shape[1], split_size)
+    sums.update(0, probs)
+    return sums.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -43,11 +43,20 @@ td strong { color: var(--mark); background: var(--tint); border-radius: 4px; pad
 figure { margin: 0 0 1.5rem; padding: 1rem; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto .75rem; background: #fff;
   border-radius: 6px; }
+.views { padding: 1rem; margin-bottom: 1.5rem; }
+.views figure { padding: 0; margin: 1rem 0 0; display: none; }
+.choice { display: flex; flex-wrap: wrap; gap: .35rem 1.25rem; }
+.choice label { cursor: pointer; font-weight: 500; }
+.choice input { margin: 0 .4rem 0 0; accent-color: var(--mark); }
+@supports not selector(:has(*)) { .views figure { display: block; } .choice { display: none; } }
+details { margin: 1.5rem 0; } summary { cursor: pointer; font-weight: 600; margin-bottom: .75rem; }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .facts th { color: var(--soft); vertical-align: top; width: 1%; }
 .facts tr:first-child > * { border-top: 0; }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
 """
+VIEWS = 6
+CHOSEN = "".join(f".views:has(input.view-{i}:checked) figure.view-{i} {{ display: block; }}\n" for i in range(VIEWS))
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -78,7 +87,17 @@ def write_report(
     Raises:
         UserError: the folder is not writable or the disk is full.
     """
-    body = _results(rows) + _sections(sections) + _figures(figures) + _facts(facts)
+    shown = figures_block("Figures", figures) if figures else ""
+    made = facts_block("How it was made", facts.items()) if facts else ""
+    write_page(path, title, [results_block(rows), sections_block(sections), shown, made])
+
+
+def write_page(path: Path, title: str, blocks: Sequence[str]) -> None:
+    """Write a page of blocks (the functions below) atomically; it needs no other file, no script and no network.
+
+    Raises:
+        UserError: the folder is not writable or the disk is full.
+    """
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -86,12 +105,12 @@ def write_report(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{CHOSEN}</style>
 </head>
 <body>
 <main>
 <h1>{escape(title)}</h1>
-{body}</main>
+{"".join(blocks)}</main>
 </body>
 </html>
 """
@@ -102,7 +121,8 @@ def write_report(
     write_atomically(path, write)
 
 
-def _results(rows: Sequence[Row]) -> str:
+def results_block(rows: Sequence[Row]) -> str:
+    """The results as a table; in each column the best value of the rows other than `full` is bold."""
     full = full_row(rows)
     best = [_best_text(column, rows, full) for column in COLUMNS]
     lines = []
@@ -136,7 +156,8 @@ def _best_text(column: Column, rows: Sequence[Row], full: Row | None) -> str | N
     return choose(ranked, key=lambda text: ranked[text])
 
 
-def _sections(sections: list[tuple[str, str]]) -> str:
+def sections_block(sections: list[tuple[str, str]]) -> str:
+    """Cards of (heading, text); an empty line parts paragraphs."""
     parts = []
     for heading, text in sections:
         paragraphs = "".join(f"<p>{escape(p.strip())}</p>" for p in text.split("\n\n") if p.strip())
@@ -144,16 +165,51 @@ def _sections(sections: list[tuple[str, str]]) -> str:
     return f'<div class="sections">\n{"".join(parts)}</div>\n' if parts else ""
 
 
-def _figures(figures: dict[str, bytes]) -> str:
-    parts = []
-    for caption, png in figures.items():
-        source = f"data:image/png;base64,{b64encode(png).decode()}"
-        image = f'<img alt="{escape(caption)}" src="{source}">'
-        parts.append(f'<figure class="card">{image}<figcaption>{escape(caption)}</figcaption></figure>\n')
-    return f"<h2>Figures</h2>\n{''.join(parts)}" if parts else ""
+def figures_block(heading: str, figures: dict[str, bytes]) -> str:
+    """Caption -> PNG, in order; the caption is the alternative text too."""
+    parts = [f'<figure class="card">{_image(caption, png)}</figure>\n' for caption, png in figures.items()]
+    return f"<h2>{escape(heading)}</h2>\n{''.join(parts)}"
 
 
-def _facts(facts: dict[str, str]) -> str:
-    lines = [f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>\n' for k, v in facts.items()]
+def views_block(heading: str, views: dict[str, tuple[str, bytes]]) -> str:
+    """Pictures in one place, of which the reader chooses one at a time: name -> (caption, PNG), at most `VIEWS`.
+
+    Radio buttons and style alone, as the page runs no script.
+    """
+    group = escape(heading)
+    buttons, figures = [], []
+    for i, (name, (caption, png)) in enumerate(views.items()):
+        checked = " checked" if i == 0 else ""
+        buttons.append(f'<label><input type="radio" name="{group}" class="view-{i}"{checked}>{escape(name)}</label>\n')
+        figures.append(f'<figure class="view-{i}">{_image(caption, png)}</figure>\n')
+    choice = f'<div class="choice" role="radiogroup" aria-label="{group}">\n{"".join(buttons)}</div>\n'
+    return f'<h2>{group}</h2>\n<div class="card views">{choice}{"".join(figures)}</div>\n'
+
+
+def table_block(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]], folded: bool = False) -> str:
+    """A table of texts, the first column naming the row; `folded` shows it only when its heading is clicked."""
+    heads = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(line[0])}</th>{"".join(f"<td>{escape(text)}</td>" for text in line[1:])}</tr>\n'
+        for line in lines
+    )
+    table = (
+        f'<div class="card scroll"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+    )
+    if folded:
+        return f"<details><summary>{escape(heading)}</summary>\n{table}</details>\n"
+    return f"<h2>{escape(heading)}</h2>\n{table}"
+
+
+def facts_block(heading: str, facts: Iterable[tuple[str, str]], folded: bool = False) -> str:
+    """(name, value) in order; names may occur again."""
+    lines = [f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>\n' for k, v in facts]
     table = f'<div class="card scroll"><table class="facts"><tbody>\n{"".join(lines)}</tbody></table></div>\n'
-    return f"<h2>How it was made</h2>\n{table}" if lines else ""
+    if folded:
+        return f"<details><summary>{escape(heading)}</summary>\n{table}</details>\n"
+    return f"<h2>{escape(heading)}</h2>\n{table}"
+
+
+def _image(caption: str, png: bytes) -> str:
+    source = f"data:image/png;base64,{b64encode(png).decode()}"
+    return f'<img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption>'

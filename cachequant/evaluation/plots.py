@@ -21,6 +21,7 @@ from cachequant.types import Schedule
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 NAMED = {"full": "#000000", "uniform": "#767676", "naive": "#E69F00", "dps": "#56B4E9"}
 NAMED |= {"dec_cache": "#009E73", "paper": "#0072B2", "cachequant": "#D55E00"}
+NAMED |= {"cache alone": "#CC79A7", "cache corrected": "#009E73", "uncorrected": "#E69F00"}  # of `cachequant report`
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DPI = 150
 STEP_LABEL = "sampler step (0 is the noisiest)"

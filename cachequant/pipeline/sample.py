@@ -1,19 +1,14 @@
-"""Stage 6: images, with the plan or without, and what the run cost."""
+"""Images held in memory, with a plan or without, and what they cost; `sampling` is stage 6."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.config import RunConfig
-from cachequant.models.loading import Generator
-from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
@@ -72,13 +67,3 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
         adapter.rebuild()
     seconds = time.perf_counter() - start
     return Samples(images, torch.stack(path) if path else None, seconds)
-
-
-def draw_enabled(pipe: Any, config: RunConfig) -> Samples:
-    """Sample from a pipeline on which a plan is enabled already: `sample.count` images in batches."""
-    generator = Generator(pipe, config.sampler, read_prompts(config.sampler.prompts))
-    settings, start = config.sample, time.perf_counter()
-    seeds = list(range(settings.seed, settings.seed + settings.count))
-    batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
-    images = torch.cat([generator(batch) for batch in tqdm(batches, desc="sample", unit="batch", disable=None)])
-    return Samples(images, None, time.perf_counter() - start)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,10 @@ from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
-from cachequant.pipeline.sample import Samples, draw
 from cachequant.pipeline.store import StageStore
 from cachequant.plan import Plan
+from cachequant.shards import ShardSet
 from cachequant.storage import (
-    file_hash,
     load_json,
     load_tensors,
     pack_correction,
@@ -193,20 +194,57 @@ class Stages:
         method = Path(plan.config.method).stem
         return plan.save(self.store.root / f"plan-{method}-n{interval}-{bits}-{key[:8]}")
 
-    def samples(self) -> tuple[Samples, str]:
-        """Stage 6: images of the plan."""
-        plan, parent = self.plan()
-        sample, prompts = self.context.config.sample, self.context.generator(sampling=True).prompts
-        seeds = list(range(sample.seed, sample.seed + sample.count))
-        inputs = {"parent": parent, "sample": asdict(sample), "prompts": list(prompts)}
-        return self.store.obtain(
-            6,
-            "sample",
-            inputs,
-            lambda: draw(self.context, plan, seeds, "6 sample"),
-            _save_samples,
-            _load_samples,
-        )
+    def samples(self) -> tuple[ShardSet, str]:
+        """Stage 6: images of the plan; what several workers have left to do (`fill`), this process does."""
+        from cachequant.pipeline.workers import make_trainer  # Lightning is imported by those who sample
+
+        inputs = self._sample_inputs(self.plan()[1])
+
+        def compute() -> ShardSet:
+            folder, _ = self._images_folder()
+            if not (folder / "set.json").is_file() or ShardSet.open(folder).pending():
+                self.fill(make_trainer(str(self.context.pipe.device)))
+            return ShardSet.open(folder)
+
+        return self.store.obtain(6, "sample", inputs, compute, lambda *_: None, ShardSet.open, resumes=True)
+
+    def fill(self, trainer: Any) -> None:
+        """The work of stage 6, by every worker; the first one sees to the stages before it, the others wait for it."""
+        from cachequant.api import disable, enable, find  # which knows the stages
+        from cachequant.pipeline.sampling import Draw, ShardSampler, begin_set, fill
+
+        context = self.context
+        bars = dict(getattr(context.pipe, "_progress_bar_config", {}))
+
+        def begin() -> None:
+            folder, key = self._images_folder()
+            begin_set(folder, {"key": key}, context.config)
+
+        def join() -> tuple[ShardSet, Draw]:
+            with redirect_stdout(StringIO()):
+                enable(context.pipe, self.plan()[0])
+            context.pipe.set_progress_bar_config(disable=True)
+            return ShardSet.open(self._images_folder()[0]), context.generator(sampling=True)
+
+        try:
+            fill(trainer, ShardSampler(begin, join, context.config.sample.batch_size))
+        finally:
+            context.pipe.set_progress_bar_config(**bars)
+            if find(context.pipe) is not None:
+                disable(context.pipe)
+
+    def _images_folder(self) -> tuple[Path, str]:
+        """Where stage 6's images go, and their key."""
+        _, parent = self.plan()
+        key = self.store.key(6, "sample", self._sample_inputs(parent))
+        return self.store.folder(6, "sample", key), key
+
+    def _sample_inputs(self, parent: str) -> dict[str, Any]:
+        """What determines stage 6's images."""
+        prompts = self.context.generator(sampling=True).prompts
+        return {
+            "parent": parent, "sample": asdict(self.context.config.sample), "prompts": list(prompts), "files": "shards",
+        }  # fmt: skip
 
 
 def _save_correction(folder: Path, value: Correction) -> None:
@@ -251,19 +289,3 @@ def _save_moments(folder: Path, value: dict[int, Moments]) -> None:
 def _load_moments(folder: Path) -> dict[int, Moments]:
     grams = load_tensors(folder / "moments.safetensors")
     return {int(step): Moments(gram) for step, gram in sorted(grams.items(), key=lambda item: int(item[0]))}
-
-
-def _save_samples(folder: Path, value: Samples) -> None:
-    from cachequant.evaluation.grid import image_grid, save_image
-
-    save_tensors(folder / "images.safetensors", {"images": value.images})
-    save_json(
-        folder / "seconds.json",
-        {"seconds": value.seconds, "images_sha256": file_hash(folder / "images.safetensors")},
-    )
-    save_image(image_grid({"samples": value.images[:16]}), folder / "grid.png")
-
-
-def _load_samples(folder: Path) -> Samples:
-    images = load_tensors(folder / "images.safetensors")["images"]
-    return Samples(images, None, load_json(folder / "seconds.json")["seconds"])

@@ -41,6 +41,7 @@ class StageStore:
         compute: Callable[[], Value],
         save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
+        resumes: bool = False,
     ) -> tuple[Value, str]:
         """The stage's output and its key: loaded where it is current, else computed and filed.
 
@@ -49,15 +50,24 @@ class StageStore:
             name: what the folder is called.
             inputs: JSON-like values that determine the output.
             compute, save, load: the stage itself and how its output travels to and from a folder.
+            resumes: the stage writes into its folder as it goes, and goes on from what it finds there.
 
         Raises:
             UserError: the output is missing and this stage may not be computed, or the folder is not writable.
         """
-        key = content_hash({"stage": number, "name": name, "format": FORMAT, "inputs": inputs})
+        key = self.key(number, name, inputs)
         if key in self._held:
             return self._held[key], key
-        self._held[key] = self._obtain(number, name, key, compute, save, load)
+        self._held[key] = self._obtain(number, name, key, compute, save, load, resumes)
         return self._held[key], key
+
+    def key(self, number: int, name: str, inputs: dict[str, Any]) -> str:
+        """Name of a stage's output by all that determines it."""
+        return content_hash({"stage": number, "name": name, "format": FORMAT, "inputs": inputs})
+
+    def folder(self, number: int, name: str, key: str) -> Path:
+        """Where an output is."""
+        return self.root / f"{number}_{name}-{key[:12]}"
 
     def _obtain(
         self,
@@ -67,9 +77,10 @@ class StageStore:
         compute: Callable[[], Value],
         save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
+        resumes: bool,
     ) -> Value:
         """Load a current output, or compute and file it."""
-        folder = self.root / f"{number}_{name}-{key[:12]}"
+        folder = self.folder(number, name, key)
         if is_current(folder, key):
             self._say(f"{number} {name}: current ({folder.name})")
             return load(folder)
@@ -80,7 +91,8 @@ class StageStore:
             )
         start = time.perf_counter()
         value = compute()
-        shutil.rmtree(folder, ignore_errors=True)
+        if not resumes:
+            shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
         save(folder, value)
         files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}

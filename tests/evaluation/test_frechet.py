@@ -1,4 +1,4 @@
-"""Fréchet distance, inception score, precision and recall: closed forms, and reference values."""
+"""Fréchet distance and inception score: closed forms, and reference values."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch import Tensor
 from cachequant.errors import UserError
 from cachequant.evaluation.frechet import (
     FeatureStatistics,
+    ScoreSums,
     frechet_distance,
     inception_score,
-    precision_recall,
 )
 
 
@@ -122,15 +122,19 @@ def test_inception_score_is_the_mean_over_splits() -> None:
         inception_score(torch.zeros(0, 4))
 
 
-def test_precision_and_recall_tell_a_missing_mode_from_a_false_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    mode = torch.randn(40, 3, generator=generator)
-    both = torch.cat([mode, mode + 100])
-    assert precision_recall(both, mode) == (1.0, 0.5)
-    assert precision_recall(mode, both) == (0.5, 1.0)
-    assert precision_recall(mode, mode + 100) == (0.0, 0.0)
-    with pytest.raises(UserError, match="more than 3"):
-        precision_recall(mode, mode[:3])
+@given(size=st.integers(1, 40), batch=st.integers(1, 41), split=st.integers(1, 41), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_streamed_inception_score_is_the_definition(size: int, batch: int, split: int, seed: int) -> None:
+    """mean over splits of exp(mean Σ p (log p - log q)), whatever the batches and their order."""
+    probs = torch.randn(size, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(1)
+    expected = []
+    for part in probs.split(split):
+        divergence = (part * (part.log() - part.mean(0).log())).sum(1).mean()
+        expected.append(float(divergence.exp()))
+    sums = ScoreSums(size, 5, split)
+    for start in reversed(range(0, size, batch)):
+        sums.update(start, probs[start : start + batch])
+    assert sums.value == pytest.approx(sum(expected) / len(expected), rel=1e-12)
 
 
 def test_golden_frechet_distances(golden_folder: Path) -> None:
@@ -146,9 +150,3 @@ def test_golden_frechet_distances(golden_folder: Path) -> None:
 def test_golden_inception_scores(golden_folder: Path) -> None:
     for case, tensors in cases(golden_folder, "inception_score"):
         assert inception_score(tensors["probs"], case["split_size"]) == pytest.approx(case["value"], rel=1e-5)
-
-
-def test_golden_precision_and_recall(golden_folder: Path) -> None:
-    for case, tensors in cases(golden_folder, "precision_recall"):
-        measured = precision_recall(tensors["ref"], tensors["sample"], case["nhood"])
-        assert measured == (case["precision"], case["recall"])

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from cachequant.errors import UserError
-from cachequant.evaluation.html import write_report
+from cachequant.evaluation.html import facts_block, table_block, views_block, write_page, write_report
 from cachequant.evaluation.rows import Row, format_table
 
 PNG = b"\x89PNG\r\n\x1a\n and the rest"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 EVIL = "<script>alert('x & \"y\"')</script>"
 ROWS = [
     Row("full", 0.0, None, 1.0, 1.0, 12.4e9, 9_120_000, 14.0),
@@ -149,3 +149,30 @@ def test_the_page_is_written_atomically(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path / "taken")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "taken"]
+
+
+def blocks_page(tmp_path: Path, blocks: list[str]) -> Page:
+    write_page(tmp_path / "blocks.html", "Blocks", blocks)
+    return Page((tmp_path / "blocks.html").read_text(encoding="utf-8"))
+
+
+def test_views_show_one_picture_at_a_time_by_style_alone(tmp_path: Path) -> None:
+    """Each button's class has a rule that shows the figure of that class; the first button is pressed."""
+    page = blocks_page(tmp_path, [views_block(f"Look {EVIL}", {"a": ("first", PNG), f"b {EVIL}": ("second", PNG)})])
+    buttons, figures = page.tags("input"), page.tags("figure")
+    assert [b["class"] for b in buttons] == [f["class"] for f in figures] == ["view-0", "view-1"]
+    assert [("checked" in b) for b in buttons] == [True, False] and len({b["name"] for b in buttons}) == 1
+    style = "".join(page.texts["style"])
+    assert all(
+        f".views:has(input.{b['class']}:checked) figure.{b['class']} {{ display: block; }}" in style for b in buttons
+    )
+    assert ".views figure { padding: 0; margin: 1rem 0 0; display: none; }" in style
+    assert not page.tags("script")
+
+
+def test_tables_and_facts_keep_their_order_and_may_fold(tmp_path: Path) -> None:
+    table = table_block("Layers", ["name", "bytes"], [["conv", "1"], [EVIL, "2"]], folded=True)
+    facts = facts_block("Facts", [("reads it", "a"), ("reads it", EVIL)])
+    page = blocks_page(tmp_path, [table, facts])
+    assert page.table == [["name", "bytes"], ["conv", "1"], [EVIL, "2"], ["reads it", "a"], ["reads it", EVIL]]
+    assert len(page.tags("details")) == 1 and page.texts["summary"] == ["Layers"]

@@ -103,7 +103,8 @@ def test_all_six_stages_run_and_the_plan_accelerates_the_pipeline(
     context = Context.of(dit, settings(f"method={method}", *layers))
     stages = Stages.at(context, tmp_path / "run", quiet=True)
     samples, _ = stages.samples()
-    assert samples.images.shape == (2, 3, 16, 16) and samples.images.isfinite().all()
+    images = samples.images()
+    assert images.shape == (2, 3, 16, 16) and images.float().std() > 1
     plan, _ = stages.plan()
     if method != "naive":
         assert set(plan.correction.layers) == {f"transformer_blocks.3.attn1.to_{part}" for part in "qkv"}

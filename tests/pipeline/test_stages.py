@@ -139,13 +139,13 @@ def test_second_run_computes_nothing_and_a_damaged_output_is_redone(
     again, _ = Stages.at(context, tmp_path).samples()
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(": current" in line for line in lines if line[0].isdigit())
-    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.images(), again.images())
     damaged = next(tmp_path.glob("2_*/moments.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-7])
     redone, _ = Stages.at(context, tmp_path).samples()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("2 ")]
     assert len(lines) == 1 and ": current" not in lines[0]
-    assert torch.equal(redone.images, first.images)
+    assert torch.equal(redone.images(), first.images())
 
 
 def test_another_interval_never_reads_the_first_ones_files(pipe: Any, configure: Configure, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_single_stage_asks_for_the_ones_before_it(pipe: Any, configure: Config
         Stages.at(context, tmp_path, only=3, quiet=True).run(3)
     for number in range(1, 7):
         Stages.at(context, tmp_path, only=number, quiet=True).run(number)
-    assert list(tmp_path.glob("6_sample-*/images.safetensors"))
+    assert list(tmp_path.glob("6_sample-*/images-*.safetensors"))
 
 
 @pytest.mark.parametrize("method", ["naive", "dps", "dec_cache", "paper", "uniform_dec", "best"])

@@ -1,0 +1,87 @@
+"""Images a second with one worker and with several: how well sampling scales on this machine.
+
+    python scripts/measure_scaling.py PLAN --workers 1,2 --count 512 --batch-size 16 [--device cuda] [--json FILE]
+
+Each number of workers draws the same images into an empty folder; loading the model is not timed, the wait for the last
+worker is. Choose a count that takes minutes, and a multiple of workers × shard (64 images, or the batch size where that
+is larger), so that every worker has as much to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachequant.cli import guarded
+from cachequant.errors import UserError
+from cachequant.storage import load_json, save_json
+
+
+def measure(args: argparse.Namespace, workers: int) -> dict[str, float]:
+    """Draw all images with so many workers: {workers, images, seconds, images_per_second}."""
+    with tempfile.TemporaryDirectory() as scratch:
+        note = Path(scratch) / "note.json"
+        command = [sys.executable, "-m", "cachequant", "sample", str(args.plan), str(Path(scratch) / "images")]
+        command += ["--count", str(args.count), "--set", f"sample.batch_size={args.batch_size}"]
+        command += ["--device", args.device, "--devices", str(workers), "--json", str(note)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode != 0:
+            raise UserError(f"sampling with {workers} workers ended with status {done.returncode}: see its message")
+        made = load_json(note)
+    rate = made["drawn"] / made["seconds"]
+    return {"workers": workers, "images": made["drawn"], "seconds": made["seconds"], "images_per_second": rate}
+
+
+def compare(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows with their speed-up over the first one, and that over what its additional workers promise."""
+    first = rows[0]
+    for row in rows:
+        row["speed_up"] = row["images_per_second"] / first["images_per_second"]
+        row["efficiency"] = row["speed_up"] / (row["workers"] / first["workers"])
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "gpus": names,
+        "processor": platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path, help="plan folder")
+    parser.add_argument(
+        "--workers", default="1,2", help="numbers of workers, the first is what the others are compared with"
+    )
+    parser.add_argument("--count", type=int, default=512, help="images")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at once in each worker")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+
+    def action() -> None:
+        rows = compare([measure(args, int(workers)) for workers in args.workers.split(",")])
+        for row in rows:
+            print("{workers:3d} workers {images_per_second:9.3f} images/s {speed_up:6.2f}×".format(**row))
+        if args.json is not None:
+            command = "python scripts/measure_scaling.py " + " ".join(argv or sys.argv[1:])
+            save_json(args.json, {"rows": rows, "machine": machine(), "command": command})
+
+    return guarded(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The scaling script: what it divides by what, and one run of it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachequant.config import repository_folder
+
+SCRIPT = repository_folder() / "scripts" / "measure_scaling.py"
+
+
+@pytest.fixture
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_speed_up_and_efficiency_are_over_the_first_row(script: dict[str, Any]) -> None:
+    rates = {2: 10.0, 4: 19.0, 8: 20.0}
+    rows = script["compare"]([{"workers": n, "images_per_second": rate} for n, rate in rates.items()])
+    assert [row["speed_up"] for row in rows] == [1.0, 1.9, 2.0]
+    assert [row["efficiency"] for row in rows] == [1.0, 0.95, 0.5]
+
+
+@pytest.mark.slow
+def test_it_measures_the_miniature(script: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import cachequant as cq
+
+    options = [
+        "method=naive",
+        "sampler.steps=4",
+        "cache.interval=2",
+        "calibration.samples=2",
+        "calibration.batch_size=2",
+    ]
+    config = cq.load_config(repository_folder() / "configs" / "fashion.yaml", options)
+    pipe = cq.load_pipeline(config.model.path, "cpu")
+    plan = cq.calibrate(pipe, config, tmp_path / "stages", quiet=True).save(tmp_path / "plan")
+    note = tmp_path / "note.json"
+    arguments = [
+        str(plan),
+        "--workers",
+        "1",
+        "--count",
+        "3",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+        str(note),
+    ]
+    assert script["main"](arguments) == 0
+    found = json.loads(note.read_text())
+    (row,) = found["rows"]
+    assert row["workers"] == 1 and row["images"] == 3 and row["speed_up"] == 1.0
+    assert row["images_per_second"] == pytest.approx(3 / row["seconds"]) and "measure_scaling.py" in found["command"]
+    assert "images/s" in capsys.readouterr().out
+    assert script["main"]([str(tmp_path / "absent"), "--workers", "1"]) == 2
