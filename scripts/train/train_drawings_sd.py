@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from cachequant.errors import UserError
 from cachequant.evaluation.retrieval import load_judge, prompt_similarities, retrieval_accuracy
-from cachequant.models.loading import read_prompts
+from cachequant.models.prompts import read_prompts
 
 CONTEXT = 128
 STEPS = 50
