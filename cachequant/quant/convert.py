@@ -70,7 +70,7 @@ class QuantizedNetwork:
     def remove(self) -> None:
         """Put every original layer and processor back."""
         for name, layer in self.layers.items():
-            _replace(self.network, name, layer.source)
+            replace_module(self.network, name, layer.source)
         for name, attention in self.attentions.items():
             _attention(self.network, name).processor = attention.original
         self.layers.clear()
@@ -117,7 +117,7 @@ def install(
         maps = correction.layers.get(name) if correction else None
         handle.layers[name] = QuantLayer(source, layer_state, clock, maps, search)
     for name, layer in handle.layers.items():
-        _replace(network, name, layer)
+        replace_module(network, name, layer)
     if attention_bits is not None or state.operands:
         for name, module in network.named_modules():
             if hasattr(module, "processor") and hasattr(module, "to_q"):
@@ -132,6 +132,6 @@ def _attention(network: nn.Module, name: str) -> Any:
     return network.get_submodule(name)
 
 
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     network.get_submodule(parent)._modules[child] = module

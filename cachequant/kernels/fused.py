@@ -1,0 +1,134 @@
+"""What stands between two integer products: normalise, activate, quantise in one operator.
+
+The C++ operators run these in one pass over memory on the CPU; where they are not built, or on another device, plain torch
+does, and is what the C++ is tested against. Tensors are float32 with channels last: [B, P, C] with P pixels or tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachequant.kernels.native import load_native
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of one activation at one step: q = clip(round(x / scale) + zero_point, 0, 2^bits - 1)."""
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        """The largest integer."""
+        return 2**self.bits - 1
+
+    @property
+    def flat(self) -> list[float]:
+        """As the C++ operators take it."""
+        return [self.scale, float(self.zero_point), float(self.levels)]
+
+
+def native(x: Tensor) -> bool:
+    """Whether the C++ operators take this tensor."""
+    return x.device.type == "cpu" and load_native() is None
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """x of any shape and dense strides -> uint8 of the same shape and strides.
+
+    The reciprocal of the scale is rounded to float32 first, as in `cachequant.kernels.reference.centred_integers`: the
+    integers are the same ones.
+    """
+    if native(x):
+        return torch.ops.cachequant.quantize(x, grid.flat)
+    q = (x * (1.0 / grid.scale)).round_().clamp_(-grid.zero_point, grid.levels - grid.zero_point)
+    return q.add_(grid.zero_point).to(torch.uint8)
+
+
+def group_norm(
+    parts: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    activate: bool,
+    grids: tuple[Grid, ...],
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Group normalisation of the concatenated parts (+ other, + shift), SiLU if asked, and each part on its own grid.
+
+    Neither the concatenation nor the sum is written to memory; groups may straddle the border of the parts.
+
+    Args:
+        parts: one or two tensors [B, P, C_i].
+        weight, bias: [C], C the sum of the widths.
+        groups: of the normalisation.
+        eps: of the normalisation.
+        activate: SiLU behind the normalisation.
+        grids: one per part, or () for float32 outputs.
+        shift: [B, C] added before the normalisation (the time embedding).
+        other: added to the first part, of its shape (the product of the other half behind a concat).
+
+    Returns:
+        One tensor [B, P, C_i] per part.
+    """
+    if native(parts[0]):
+        skip = parts[1] if len(parts) > 1 else None
+        flat = [value for grid in grids for value in grid.flat]
+        return tuple(
+            torch.ops.cachequant.group_norm(parts[0], other, skip, shift, weight, bias, groups, eps, activate, flat)
+        )
+    if other is not None:
+        parts = (parts[0] + other, *parts[1:])
+    x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # [B, P, C]
+    if shift is not None:
+        x = x + shift[:, None]
+    y = F.group_norm(x.transpose(1, 2), groups, weight, bias, eps).transpose(1, 2)
+    y = F.silu(y) if activate else y
+    halves = y.split([p.shape[2] for p in parts], dim=2)
+    return tuple(h.contiguous() if not grids else quantize(h.contiguous(), grids[i]) for i, h in enumerate(halves))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, grids: tuple[Grid, ...]) -> tuple[Tensor, ...]:
+    """Layer normalisation of rows [R, C], then integers on each of the grids: uint8 [R, C] per grid."""
+    if native(x):
+        flat = [value for grid in grids for value in grid.flat]
+        return tuple(torch.ops.cachequant.layer_norm(x, weight, bias, eps, flat))
+    y = F.layer_norm(x, (x.shape[1],), weight, bias, eps)
+    return tuple(quantize(y, grid) for grid in grids)
+
+
+def geglu(x: Tensor, grid: Grid) -> Tensor:
+    """value·gelu(gate) of rows [R, 2C] = [value | gate], as integers [R, C]."""
+    if native(x):
+        return torch.ops.cachequant.geglu(x, grid.flat)
+    value, gate = x.chunk(2, dim=1)
+    return quantize(value * F.gelu(gate), grid)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, grid: Grid | None = None) -> Tensor:
+    """softmax(q·kᵀ·scale)·v per head.
+
+    Args:
+        query: [B, N, H·d]; rows may be strided.
+        key, value: [B, M, H·d].
+        heads: H.
+        scale: factor of the scores.
+        grid: quantise the result, None for float32.
+
+    Returns:
+        [B, N, H·d].
+    """
+    if native(query) and query.shape[2] // heads <= 512:
+        return torch.ops.cachequant.attention(query, key, value, heads, scale, grid.flat if grid else [])
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))  # [B, H, ·, d]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)  # [B, N, H·d]
+    return out if grid is None else quantize(out, grid)
+

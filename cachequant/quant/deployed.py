@@ -1,0 +1,98 @@
+"""A quantised layer as it is deployed: real integers through a backend's product, everything else folded beforehand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.correction import fold_into_epilogue
+from cachequant.kernels.cpu import PackedWeight
+from cachequant.kernels.fused import Grid, quantize
+from cachequant.kernels.reference import Geometry
+from cachequant.quant.observer import StepQuantizer
+from cachequant.types import AffineMap, LayerQuant
+
+
+class IntegerLayer(nn.Module):
+    """Stands where an `nn.Conv2d` or `nn.Linear` stood: quantise the input, multiply integers, one float32 epilogue.
+
+    The numbers are those of `cachequant.quant.layers.QuantLayer` in its QUANTIZED mode. Fused blocks call `grids` and
+    `product` themselves and quantise in whatever comes before.
+
+    Args:
+        geometry: of the layer that is replaced.
+        state: integer weights and input tables; nothing of the weights is kept but their packed form.
+        bias: [O] or None.
+        clock: tells the step.
+        corrections: step -> map of the first segment's product (a₂, b₂).
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        state: LayerQuant,
+        bias: Tensor | None,
+        clock: FeatureCache,
+        corrections: dict[int, AffineMap] | None = None,
+    ) -> None:
+        super().__init__()
+        self.geometry, self.widths, self.clock = geometry, state.widths, clock
+        self.packed = [PackedWeight.of(grid, geometry) for grid in state.weights]
+        self.scales = [grid.scale.float() for grid in state.weights]
+        self.bias = None if bias is None else bias.detach().float()
+        self.corrections = dict(corrections or {})
+        self._quantizers = [StepQuantizer(table.bits, table=table) for table in state.inputs]
+        self._grids: dict[int, tuple[Grid, ...]] = {}
+        self._first: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The grid of every input segment at this step."""
+        step = self.clock.step
+        if step not in self._grids:
+            rows = [(q.row(step), q.bits) for q in self._quantizers]
+            self._grids[step] = tuple(Grid(scale, int(zero_point), bits) for (scale, zero_point), bits in rows)
+        return self._grids[step]
+
+    def segments(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The input's channels, cut where the grids change."""
+        return x.split(self.widths, dim=self.geometry.channel_dim) if len(self.widths) > 1 else (x,)
+
+    def quantize(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Integers of every segment, channels last."""
+        order = torch.channels_last if self.geometry.is_conv else torch.contiguous_format
+        dense = (part.float().contiguous(memory_format=order) for part in parts)
+        return tuple(quantize(part, grid) for part, grid in zip(dense, self.grids(), strict=True))
+
+    def product(self, segment: int, q: Tensor, plus: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """One segment's share of the output, float32; the first one carries the correction and the bias.
+
+        Args:
+            segment: which one.
+            q: its integers.
+            plus, reuse: of `PackedWeight`: added to the result, and whether its memory may be taken for it.
+        """
+        grid = self.grids()[segment]
+        scale, shift = self._epilogue() if segment == 0 else (self.scales[segment], None)
+        return self.packed[segment](q, grid, scale, shift, plus, reuse)
+
+    def products(self, integers: tuple[Tensor, ...], plus: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """The layer's output from the integers of all segments."""
+        y = self.product(0, integers[0], plus, reuse)
+        for segment, q in enumerate(integers[1:], start=1):
+            y = self.product(segment, q, y, reuse=True)
+        return y
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """[B, I, H, W] -> [B, O, H', W'], or [..., I] -> [..., O]."""
+        return self.products(self.quantize(self.segments(x))).to(x.dtype)
+
+    def _epilogue(self) -> tuple[Tensor, Tensor | None]:
+        """(scale, shift) of the first segment at this step, beside the grid's scale which the product applies itself."""
+        correction = self.corrections.get(self.clock.step)
+        if correction is None:
+            return self.scales[0], self.bias
+        step = self.clock.step
+        if step not in self._first:
+            self._first[step] = fold_into_epilogue(self.scales[0], self.bias, correction)
+        return self._first[step]
