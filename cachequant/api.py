@@ -11,6 +11,7 @@ from typing import Any
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
+from cachequant.kernels.backend import Backend, choose_backend
 from cachequant.models.adapter import Adapter, adapter, denoiser_of
 from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
@@ -19,9 +20,8 @@ from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import ModelIdentity, Plan
-from cachequant.quant.convert import QuantizedNetwork, install
-
-BACKENDS = ("auto", "simulated")
+from cachequant.quant.convert import QuantizedNetwork
+from cachequant.quant.deploy import Deployment, attach
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Acceleration:
     adapter: Adapter
     cache: FeatureCache
     hook: DenoiserHook
-    network: QuantizedNetwork | None
-    backend: str
+    network: QuantizedNetwork | Deployment | None
+    backend: Backend
 
 
 def calibrate(pipe: Any, config: RunConfig, folder: str | Path | None = None, quiet: bool = False) -> Plan:
@@ -59,21 +59,21 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     Args:
         pipe: the pipeline that the plan was made for.
         plan: a plan or its folder.
-        backend: "simulated" computes integers in floating point; "auto" takes the fastest that is here (today that one).
+        backend: "cpu-int8" runs real integers on oneDNN; "simulated" computes them in floating point, on any device; "auto"
+            takes the fastest that is exact here.
 
     Raises:
         UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
             pipeline is then as it was.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    chosen = choose_backend(backend, next(denoiser_of(pipe).parameters()).device)
     if find(pipe) is not None:
         raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     _refuse_mismatch(identify(pipe, plan.config.sampler.guidance_scale), plan.identity)
     structure = adapter(pipe, plan.config.cache.branch)
     cache = FeatureCache(plan.schedule, keep=2 if plan.correction.uses_forecast else 1)
-    network = _install(structure, plan, cache)
+    network = _install(structure, plan, cache, chosen)
     step = accelerated_step(structure, cache, plan.correction)
     hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, lambda call: _check_guidance(pipe, plan, call))
     try:
@@ -81,7 +81,7 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     except BaseException:
         _uninstall(structure, network)
         raise
-    state = Acceleration(plan, pipe, structure, cache, hook, network, "simulated")
+    state = Acceleration(plan, pipe, structure, cache, hook, network, chosen)
     object.__setattr__(structure.denoiser, "_cachequant", state)
     print(report(pipe))
     return pipe
@@ -114,7 +114,7 @@ def bypass(pipe: Any) -> Iterator[Any]:
     finally:
         if find(pipe) is not None:
             raise UserError("a plan was enabled inside cachequant.bypass, expected none: enable it outside")
-        state.network = _install(state.adapter, state.plan, state.cache)
+        state.network = _install(state.adapter, state.plan, state.cache, state.backend)
         state.hook.install()
         object.__setattr__(state.adapter.denoiser, "_cachequant", state)
 
@@ -128,11 +128,10 @@ def report(pipe: Any) -> str:
     state = _require(pipe)
     plan, cache = state.plan, state.cache
     total = _original_bytes(state)
-    quantised = list(state.network.layers) if state.network else []
     lines = [
         plan.summary(),
-        f"backend      {state.backend}: integers computed in floating point, the reference for every kernel",
-        f"layers       {len(quantised)} quantised; in full precision: {_float_layers(state)}",
+        f"backend      {state.backend.name}: {state.backend.note}",
+        *_layer_lines(state),
         f"bytes        {plan_bytes(total, plan):,} of {total:,} in float32",
         f"ran so far   {cache.full_steps} full and {cache.cached_steps} cached steps",
     ]
@@ -151,7 +150,9 @@ def _require(pipe: Any) -> Acceleration:
     return state
 
 
-def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNetwork | None:
+def _install(
+    structure: Adapter, plan: Plan, cache: FeatureCache, backend: Backend
+) -> QuantizedNetwork | Deployment | None:
     """Swap the plan's layers in; every name is checked before the first is touched."""
     if plan.quant is None:
         return None
@@ -162,12 +163,12 @@ def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNe
         raise UserError(
             f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it"
         )
-    network = install(structure.denoiser, plan.quant, cache, correction=plan.correction)
+    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend)
     structure.rebuild()
     return network
 
 
-def _uninstall(structure: Adapter, network: QuantizedNetwork | None) -> None:
+def _uninstall(structure: Adapter, network: QuantizedNetwork | Deployment | None) -> None:
     """Put the original layers back."""
     if network is not None:
         network.remove()
@@ -196,6 +197,17 @@ def _check_guidance(pipe: Any, plan: Plan, call: Call) -> None:
         )
 
 
+def _layer_lines(state: Acceleration) -> list[str]:
+    """How many layers run in integers, what is simulated and what stays in full precision, each with its reason."""
+    network = state.network
+    simulated = network.reasons if isinstance(network, Deployment) else {}
+    lines = [f"layers       {len(network.replaced) if network else 0} quantised; in full precision: {_float_layers(state)}"]
+    if isinstance(network, Deployment):
+        lines.append(f"integers     {len(network.integer)} layers, {len(network.fused)} blocks fused around them")
+    lines += [f"simulated    {name}: {reason}" for name, reason in simulated.items()]
+    return lines
+
+
 def _float_layers(state: Acceleration) -> str:
     """Convolutions and linear layers that stay as they are, with the reason."""
     quant = state.plan.config.quant
@@ -213,5 +225,5 @@ def _float_layers(state: Acceleration) -> str:
 
 def _original_bytes(state: Acceleration) -> int:
     """Float32 bytes of the denoiser as it was, counting the layers that were replaced."""
-    replaced = state.network.layers.values() if state.network else ()
-    return float_bytes(state.adapter.denoiser) + sum(float_bytes(layer.source) for layer in replaced)
+    replaced = state.network.replaced.values() if state.network else ()
+    return float_bytes(state.adapter.denoiser) + sum(float_bytes(layer) for layer in replaced)

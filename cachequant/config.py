@@ -109,11 +109,12 @@ class SampleConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of a run."""
+    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`."""
 
     method: str = "best"
     output: str = "runs"
     device: str = "auto"
+    backend: str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
+from cachequant.kernels.backend import Backend, choose_backend
 from cachequant.models.loading import Generator, read_prompts
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
-from cachequant.quant.convert import install
+from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction
 
@@ -37,11 +38,16 @@ class Samples:
     seconds: float
 
 
+def backend_of(context: Context) -> Backend:
+    """The backend that the configuration asks for, on the pipeline's device."""
+    return choose_backend(context.config.backend, next(context.adapter.denoiser.parameters()).device)
+
+
 def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, record: bool = False) -> Samples:
     """Sample one image per seed; `plan` None is the untouched model.
 
     Args:
-        context: pipeline and configuration (batch size from `sample.batch_size`).
+        context: pipeline and configuration (batch size from `sample.batch_size`, integers from `backend`).
         plan: what accelerates it.
         seeds: noise of each image; equal seeds give equal noise under every plan.
         label: text of the progress bar.
@@ -51,7 +57,8 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     schedule = plan.schedule if plan else uniform_schedule(context.num_steps, 1)
     correction = plan.correction if plan else Correction()
     cache = FeatureCache(schedule, keep=2 if correction.uses_forecast else 1)
-    handle = install(adapter.denoiser, plan.quant, cache, correction=correction) if plan and plan.quant else None
+    quant = plan.quant if plan else None
+    handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context)) if quant else None
     adapter.rebuild()
     inner = accelerated_step(adapter, cache, correction)
     path: list[Tensor] = []

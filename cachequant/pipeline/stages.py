@@ -16,7 +16,7 @@ from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
-from cachequant.pipeline.sample import Samples, draw
+from cachequant.pipeline.sample import Samples, backend_of, draw
 from cachequant.pipeline.store import StageStore
 from cachequant.plan import Plan
 from cachequant.storage import (
@@ -196,7 +196,7 @@ class Stages:
         plan, parent = self.plan()
         sample = self.context.config.sample
         seeds = list(range(sample.seed, sample.seed + sample.count))
-        inputs = {"parent": parent, "sample": asdict(sample)}
+        inputs = {"parent": parent, "sample": asdict(sample), "backend": backend_of(self.context).name}
         return self.store.obtain(
             6,
             "sample",

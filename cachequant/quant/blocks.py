@@ -54,7 +54,7 @@ class FusedResnet(Fused):
         return (
             _integer(module.conv1, module.conv2)
             and (shortcut is None or (_integer(shortcut) and shortcut.widths == module.conv1.widths))
-            and all(isinstance(n, nn.GroupNorm) and n.affine for n in (module.norm1, module.norm2))
+            and all(_affine(n, nn.GroupNorm) for n in (module.norm1, module.norm2))
             and isinstance(module.nonlinearity, nn.SiLU)
             and module.upsample is None
             and module.downsample is None
@@ -85,7 +85,7 @@ class FusedAttention2d(Fused):
     @staticmethod
     def fits(module: Any) -> bool:
         """Self-attention with a group norm, deployed projections and the plain processor."""
-        return _plain_attention(module) and isinstance(module.group_norm, nn.GroupNorm) and module.spatial_norm is None
+        return _plain_attention(module) and _affine(module.group_norm, nn.GroupNorm)
 
     def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any) -> Any:
         """[B, C, H, W] -> the same shape."""
@@ -115,7 +115,7 @@ class FusedTransformerBlock(Fused):
             and not module.only_cross_attention
             and not hasattr(module, "fuser")
             and all(_plain_attention(a) and not a.residual_connection and a.group_norm is None for a in attentions)
-            and all(_affine(n) for n in (module.norm1, module.norm3, *([module.norm2] if module.attn2 is not None else [])))
+            and all(_affine(n, nn.LayerNorm) for n in (module.norm1, module.norm3, *([module.norm2] if module.attn2 is not None else [])))
             and type(net[0]).__name__ == "GEGLU"
             and _integer(net[0].proj, net[2])
             and len(net) == 3
@@ -244,8 +244,9 @@ def _integer(*layers: Any) -> bool:
     return all(isinstance(layer, IntegerLayer) for layer in layers)
 
 
-def _affine(norm: Any) -> bool:
-    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+def _affine(norm: Any, kind: type[nn.Module]) -> bool:
+    """A norm of this kind with float32 weight and bias."""
+    return isinstance(norm, kind) and all(p is not None and p.dtype == torch.float32 for p in (norm.weight, norm.bias))
 
 
 def _plain_attention(module: Any) -> bool:

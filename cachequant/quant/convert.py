@@ -67,6 +67,11 @@ class QuantizedNetwork:
         }
         return QuantState({name: layer.state for name, layer in self.layers.items()}, operands)
 
+    @property
+    def replaced(self) -> dict[str, nn.Module]:
+        """Name -> original of every layer that is quantised."""
+        return {name: layer.source for name, layer in self.layers.items()}
+
     def remove(self) -> None:
         """Put every original layer and processor back."""
         for name, layer in self.layers.items():

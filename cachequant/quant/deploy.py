@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.kernels.backend import SIMULATED, Backend
 from cachequant.kernels.cpu import unsupported
 from cachequant.kernels.reference import Geometry
-from cachequant.quant.attention import QuantAttention
 from cachequant.quant.blocks import fuse, unfuse
-from cachequant.quant.convert import install, replace_module
+from cachequant.quant.convert import QuantizedNetwork, install, replace_module
 from cachequant.quant.deployed import IntegerLayer
-from cachequant.types import Correction, QuantState
+from cachequant.types import Correction, LayerQuant, QuantState
 
 
 @dataclass
@@ -23,24 +23,30 @@ class Deployment:
 
     Attributes:
         network: the denoiser.
-        sources: name -> layer that was replaced.
-        simulated: name -> reason, for what is quantised in the plan but computed in floating point.
+        integer: name -> layer that was replaced by an integer one.
+        reasons: name -> why something that the plan quantises is simulated instead.
         fused: name -> class of the blocks with a fused forward.
+        simulation: the simulated layers and attention operands, or None.
     """
 
     network: nn.Module
-    sources: dict[str, nn.Module] = field(default_factory=dict)
-    simulated: dict[str, str] = field(default_factory=dict)
+    integer: dict[str, nn.Module] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
-    rest: Any = None
+    simulation: QuantizedNetwork | None = None
+
+    @property
+    def replaced(self) -> dict[str, nn.Module]:
+        """Name -> original of every layer that is quantised."""
+        return {**self.integer, **(self.simulation.replaced if self.simulation else {})}
 
     def remove(self) -> None:
         """Put every original layer, processor and class back."""
         unfuse(self.network, list(self.fused))
-        for name, source in self.sources.items():
+        for name, source in self.integer.items():
             replace_module(self.network, name, source)
-        if self.rest is not None:
-            self.rest.remove()
+        if self.simulation is not None:
+            self.simulation.remove()
 
 
 def deploy(
@@ -49,26 +55,33 @@ def deploy(
     """Deploy every layer that the CPU backend supports; the others, and attention operands, are simulated.
 
     Args:
-        network: the denoiser; changed in place until `remove()`. Weights of its quantised layers are not read.
+        network: the denoiser; changed in place until `remove()`. Weights of its deployed layers are not read.
         state: weights and tables.
         clock: tells the step.
         correction: maps of the layers' products.
     """
     handle = Deployment(network)
-    rest: dict[str, Any] = {}
+    others: dict[str, LayerQuant] = {}
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
-        geometry = Geometry.of(source)
-        reason = unsupported(layer.weights, geometry)
+        reason = unsupported(layer.weights, Geometry.of(source))
         if reason is not None:
-            handle.simulated[name], rest[name] = reason, layer
+            handle.reasons[name], others[name] = reason, layer
             continue
         maps = correction.layers.get(name) if correction else None
-        replace_module(network, name, IntegerLayer(geometry, layer, source.bias, clock, maps))
-        handle.sources[name] = source
-    if rest or state.operands:
-        handle.rest = install(network, QuantState(rest, state.operands), clock, correction=correction)
-        operands = "attention operands are quantised in the plan: this backend multiplies them in float32"
-        handle.simulated |= {name: operands for name, a in handle.rest.attentions.items() if isinstance(a, QuantAttention)}
+        replace_module(network, name, IntegerLayer(source, layer, clock, maps))
+        handle.integer[name] = source
+    if others or state.operands:
+        handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
+        handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")
     handle.fused = fuse(network)
     return handle
+
+
+def attach(
+    network: nn.Module, state: QuantState, clock: FeatureCache, correction: Correction, backend: Backend
+) -> QuantizedNetwork | Deployment:
+    """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it."""
+    if backend.name == SIMULATED:
+        return install(network, state, clock, correction=correction)
+    return deploy(network, state, clock, correction)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import fold_into_epilogue
+from cachequant.errors import UserError
 from cachequant.kernels.cpu import PackedWeight
 from cachequant.kernels.fused import Grid, quantize
 from cachequant.kernels.reference import Geometry
+from cachequant.quant.layers import Layer
 from cachequant.quant.observer import StepQuantizer
 from cachequant.types import AffineMap, LayerQuant
 
@@ -21,30 +25,46 @@ class IntegerLayer(nn.Module):
     `product` themselves and quantise in whatever comes before.
 
     Args:
-        geometry: of the layer that is replaced.
+        source: the layer that is replaced; its weight is not read, and may be on the meta device.
         state: integer weights and input tables; nothing of the weights is kept but their packed form.
-        bias: [O] or None.
         clock: tells the step.
         corrections: step -> map of the first segment's product (a₂, b₂).
     """
 
     def __init__(
         self,
-        geometry: Geometry,
+        source: Layer,
         state: LayerQuant,
-        bias: Tensor | None,
         clock: FeatureCache,
         corrections: dict[int, AffineMap] | None = None,
     ) -> None:
         super().__init__()
-        self.geometry, self.widths, self.clock = geometry, state.widths, clock
-        self.packed = [PackedWeight.of(grid, geometry) for grid in state.weights]
+        self.geometry, self.widths, self.clock = Geometry.of(source), state.widths, clock
+        self._source = (source,)  # a tuple hides it from the module tree
+        self.packed = [PackedWeight.of(grid, self.geometry) for grid in state.weights]
         self.scales = [grid.scale.float() for grid in state.weights]
-        self.bias = None if bias is None else bias.detach().float()
+        self.bias = None if source.bias is None else source.bias.detach().float()
         self.corrections = dict(corrections or {})
         self._quantizers = [StepQuantizer(table.bits, table=table) for table in state.inputs]
         self._grids: dict[int, tuple[Grid, ...]] = {}
         self._first: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def source(self) -> Layer:
+        """The layer that was replaced."""
+        return self._source[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
+        """`.to()` reaches the replaced layer too; integers stay on the CPU.
+
+        Raises:
+            UserError: the network is moved to another device.
+        """
+        if fn(torch.empty(0)).device.type != "cpu":
+            raise UserError("this pipeline runs INT8 on the cpu, expected it to stay there: call cachequant.disable first")
+        self.source._apply(fn)
+        super()._apply(fn, recurse)
+        return self
 
     def grids(self) -> tuple[Grid, ...]:
         """The grid of every input segment at this step."""
