@@ -60,6 +60,8 @@ class CorrectionConfig:
     """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers.
 
     `ridge`, `inflation`: of `cachequant.correction.Moments.solve`; the inflation is that of the cached feature's map.
+    `output` maps the prediction too, with x_t as second regressor (free_running only): none, least_squares towards the
+    full-precision model at the same x_t, or spread, which on cached steps also keeps the spread of its trajectories.
     """
 
     cache: bool = True
@@ -68,6 +70,7 @@ class CorrectionConfig:
     trajectory: str = "full_precision"
     ridge: float = 0.0
     inflation: float = 0.0
+    output: str = "none"
 
 
 @dataclass
@@ -129,6 +132,7 @@ _CHOICES = {
     "schedule.kind": ("uniform", "power", "dps"),
     "schedule.cost": ("l1", "l2", "sampler"),
     "correction.layers": ("none", "consumers", "all"),
+    "correction.output": ("none", "least_squares", "spread"),
     "correction.trajectory": ("full_precision", "free_running"),
     "quant.weight_search": ("minmax", "mse", "percentile"),
     "quant.activation_search": ("minmax", "mse", "percentile"),
@@ -256,6 +260,11 @@ def validate(config: RunConfig) -> None:
     if correction.layers == "all" and correction.trajectory == "full_precision":
         raise UserError(
             "correction.layers is all with full_precision trajectories, expected consumers there: "
+            "set correction.trajectory=free_running"
+        )
+    if correction.output != "none" and correction.trajectory == "full_precision":
+        raise UserError(
+            f"correction.output is {correction.output} with full_precision trajectories, expected none there: "
             "set correction.trajectory=free_running"
         )
     if config.cache.interval > config.sampler.steps:

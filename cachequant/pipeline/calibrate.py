@@ -14,6 +14,7 @@ from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.hook import Call, StepFunction
+from cachequant.pipeline.spread import Spread, denoised_factors
 from cachequant.pipeline.step import accelerated_step
 from cachequant.schedule import DistanceBand, dps_schedule, num_groups, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
@@ -42,6 +43,7 @@ class Calibration:
         band: [T, L] distances of `DistanceBand`.
         cost: how they were measured.
         weights: [T] weight of a squared feature error at each step under the "sampler" cost, else ones.
+        spread: [T, C] deviation of the denoised predictions.
         inputs: one entry per step, rows evenly spaced over the calibration batch.
         measured: seconds of the trajectories and of DPS, peak bytes of the ring.
     """
@@ -49,6 +51,7 @@ class Calibration:
     band: Tensor
     cost: str
     weights: Tensor
+    spread: Tensor
     inputs: tuple[StepInput, ...]
     measured: dict[str, float]
 
@@ -61,6 +64,7 @@ def gather(context: Context) -> Calibration:
     cache = FeatureCache(uniform_schedule(context.num_steps, 1))
     gains = SamplerGains(context) if config.schedule.cost == "sampler" else None
     inputs: list[list[StepInput]] = [[] for _ in context.timesteps]
+    spread = Spread(denoised_factors(context))
     rows = max(config.calibration.refresh_inputs, config.calibration.cached_inputs)
     clock = _Stopwatch(context)
 
@@ -69,6 +73,7 @@ def gather(context: Context) -> Calibration:
         inputs[cache.step].append(keep_rows(call, rows))
         with clock.part("trajectories"):
             output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
+        spread.update(cache.step, call.x, output)
         with clock.part("dps"):
             band.update(feature if gains is None else feature[::2])  # an estimate anyway: half the rows will do
             if gains is not None:
@@ -80,7 +85,7 @@ def gather(context: Context) -> Calibration:
     weights = torch.ones(context.num_steps, dtype=torch.float64) if gains is None else gains.weights()
     measured = {f"{name}_seconds": value for name, value in clock.seconds.items()}
     measured["ring_bytes"] = float(band.peak_bytes)
-    return Calibration(band.values, cost, weights, tuple(_join(i, rows) for i in inputs), measured)
+    return Calibration(band.values, cost, weights, spread.deviation, tuple(_join(i, rows) for i in inputs), measured)
 
 
 class SamplerGains:
