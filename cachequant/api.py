@@ -12,9 +12,10 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.kernels.backend import Backend, choose_backend
-from cachequant.models.adapter import Adapter, adapter, denoiser_of
+from cachequant.models.adapter import Adapter, adapter, denoiser_of, device_of
 from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
+from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
@@ -66,7 +67,7 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
         UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
             pipeline is then as it was.
     """
-    chosen = choose_backend(backend, next(denoiser_of(pipe).parameters()).device)
+    chosen = choose_backend(backend, device_of(denoiser_of(pipe)))
     if find(pipe) is not None:
         raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -87,13 +88,28 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     return pipe
 
 
+def load_quantized(plan: str | Path, backend: str = "auto") -> Any:
+    """A pipeline with the plan enabled, from the plan's folder: the full-precision denoiser is neither read nor needed.
+
+    Only its integers, what stays in float32 and one layer at a time on the way are ever in memory. Other parts of a
+    pipeline (text encoder, autoencoder) are loaded from where the model is.
+
+    Raises:
+        UserError: as `enable`, or the plan holds no quantised denoiser.
+    """
+    loaded = Plan.load(plan, lazy=True)
+    return enable(build_pipeline(loaded), loaded, backend)
+
+
 def disable(pipe: Any) -> Any:
     """Put every layer back and let the pipeline's calls through untouched; bit-exactly what it was.
 
     Raises:
-        UserError: the pipeline is not enabled.
+        UserError: the pipeline is not enabled, or was loaded from its plan and has no full-precision weights.
     """
     state = _require(pipe)
+    if is_skeleton(state.adapter.denoiser):
+        raise UserError("this denoiser was loaded from its plan, so there is no full-precision model to go back to: load it")
     state.hook.remove()
     _uninstall(state.adapter, state.network)
     object.__delattr__(state.adapter.denoiser, "_cachequant")

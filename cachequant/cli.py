@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "images from a saved plan", _sample)
     sample.add_argument("plan", type=Path, help="plan folder")
     sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
-    sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* only"
+    sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* and backend only"
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
@@ -128,17 +128,20 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from cachequant.api import enable
+    from cachequant.api import enable, load_quantized
     from cachequant.evaluation.grid import image_grid, save_image
-    from cachequant.models.loading import load_pipeline
+    from cachequant.models.loading import load_pipeline, torch_device
     from cachequant.pipeline.sample import draw_enabled
     from cachequant.plan import Plan
     from cachequant.storage import make_folder, save_tensors
 
     make_folder(args.out)
-    plan = Plan.load(args.plan)
+    plan = Plan.load(args.plan, lazy=True)
     config = _with_sample_settings(plan.config, args.set)
-    pipe = enable(load_pipeline(config.model.path, args.device), plan)
+    if plan.remainder is not None and torch_device(args.device).type == "cpu":
+        pipe = load_quantized(args.plan, config.backend)
+    else:
+        pipe = enable(load_pipeline(config.model.path, args.device), plan, config.backend)
     samples = draw_enabled(pipe, config)
     save_tensors(args.out / "images.safetensors", {"images": samples.images})
     save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")
@@ -152,12 +155,14 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
-    """The plan's configuration with `sample.*` changed; anything else would no longer fit the plan."""
+    """The plan's configuration with `sample.*` or `backend` changed; anything else would no longer fit the plan."""
     from cachequant.config import apply_overrides
 
-    wrong = [item for item in overrides if not item.startswith("sample.")]
+    wrong = [item for item in overrides if not item.startswith(("sample.", "backend="))]
     if wrong:
-        raise UserError(f"--set {wrong[0]} with a plan, expected sample.* keys only: calibrate again to change others")
+        raise UserError(
+            f"--set {wrong[0]} with a plan, expected sample.* keys or backend only: calibrate again to change others"
+        )
     return apply_overrides(config, overrides)
 
 

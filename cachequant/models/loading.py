@@ -18,8 +18,10 @@ from cachequant.plan import ModelIdentity
 from cachequant.storage import content_hash
 
 
-def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
+def load_pipeline(folder_or_id: str | Path, device: str = "auto", **parts: Any) -> Any:
     """A diffusers pipeline in float32, from a local folder (relative ones also from the repository) or a hub id.
+
+    `parts` (such as unet=...) are taken as they are instead of being loaded.
 
     Raises:
         UserError: it is not there, cannot be read, or the device does not exist.
@@ -37,6 +39,7 @@ def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
             dtype=torch.float32,
             local_files_only=local is not None,
             low_cpu_mem_usage=False,
+            **parts,
         )
     except Exception as error:  # diffusers raises many kinds; each means that the model cannot be had
         reason = " ".join(str(error).split())[:160]
@@ -77,7 +80,8 @@ def identify(pipe: Any, guidance_scale: float | None) -> ModelIdentity:
     scheduler = f"{type(pipe.scheduler).__name__}-{content_hash(settings)[:12]}"
     guided = guidance_scale is not None and guidance_scale > 1
     structure = {k: str(v) for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
-    weights = content_hash([weights_hash(denoiser), structure])
+    origin = vars(denoiser).get("_cachequant_origin")  # built from a plan: its quantised weights are not there to hash
+    weights = origin or content_hash([weights_hash(denoiser), structure])
     return ModelIdentity(type(denoiser).__name__, weights, scheduler, "cfg" if guided else "none")
 
 

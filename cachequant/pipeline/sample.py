@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.kernels.backend import Backend, choose_backend
+from cachequant.models.adapter import device_of
 from cachequant.models.loading import Generator, read_prompts
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
@@ -40,7 +41,7 @@ class Samples:
 
 def backend_of(context: Context) -> Backend:
     """The backend that the configuration asks for, on the pipeline's device."""
-    return choose_backend(context.config.backend, next(context.adapter.denoiser.parameters()).device)
+    return choose_backend(context.config.backend, device_of(context.adapter.denoiser))
 
 
 def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, record: bool = False) -> Samples:

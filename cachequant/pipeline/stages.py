@@ -10,6 +10,7 @@ import torch
 
 from cachequant import __version__
 from cachequant.correction import Moments
+from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
@@ -181,7 +182,8 @@ class Stages:
             "measured": calibration.measured,
         }
         identity, timesteps = context.identity, context.timesteps
-        return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
+        remainder = None if state is None else remainder_of(context.pipe, state)
+        return Plan(config, identity, timesteps, schedule, correction, state, provenance, remainder), key
 
     def save_plan(self) -> Path:
         """Write the plan into the run folder, named by method, interval and bits: its folder."""

@@ -14,7 +14,7 @@ from cachequant.errors import UserError
 from cachequant.storage import content_hash, file_hash, load_json, make_folder, save_json
 
 Value = TypeVar("Value")
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a stage's meaning or files change, so that older outputs are not taken for current ones."""
 
 

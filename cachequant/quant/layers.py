@@ -74,7 +74,7 @@ class QuantLayer(nn.Module):
         self._source = (source,)  # a tuple hides it from the module tree
         self._target: Tensor | None = None
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
-        device = source.weight.device
+        device = self.weights[0].values.device if source.weight.is_meta else source.weight.device
         self.bias: Tensor | None
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):
