@@ -6,8 +6,10 @@ float32 with scale, bias and an optional sum in the epilogue. The numbers are th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -95,10 +97,11 @@ class PackedWeight:
     @staticmethod
     def of(grid: WeightGrid, geometry: Geometry) -> PackedWeight:
         """Pack the weights of a supported layer."""
-        rows = grid.values.flatten(1).to(torch.int16) - grid.zero_point.to(torch.int16)[:, None]  # [O, n]
-        low, high = rows.amin(1), rows.amax(1)
+        zero, rows = grid.zero_point.to(torch.int32), grid.values.flatten(1)  # [O], [O, n]
+        low, high = rows.amin(1) - zero, rows.amax(1) - zero
         offset = (high - HIGH).clamp(min=0) + (low - LOW).clamp(max=0)  # [O]; a range of 255 leaves at most one of them
-        values = (rows - offset[:, None]).to(torch.int8).view(grid.values.shape)
+        shift = (zero + offset).remainder(256).to(torch.uint8)
+        values = (rows - shift[:, None]).view(torch.int8).view(grid.values.shape)  # bytes wrap, and the result fits
         kernel = tuple(values.shape[2:])
         padding = _paddings(geometry, grid) if geometry.is_conv else None
         if geometry.is_conv and kernel == (1, 1) and geometry.stride == (1, 1) and padding == [0, 0]:
@@ -156,6 +159,16 @@ class PackedWeight:
         picture = sums.view(x.shape[0], 1, x.shape[2], x.shape[3])
         place = (list(self.geometry.stride), self.padding, list(self.geometry.dilation))
         return F.conv2d(picture, torch.ones(1, 1, *self.kernel), None, *place).flatten()
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Packing frees a buffer as large as the one that it keeps, and the next one does not fit the hole by its alignment.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def rows_of(x: Tensor, geometry: Geometry) -> Tensor:

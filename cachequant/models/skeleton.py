@@ -50,7 +50,7 @@ def build_skeleton(plan: Plan) -> nn.Module:
         denoiser: nn.Module = _make(plan.remainder.recipe["denoiser"])
     for name, tensor in plan.remainder.tensors.items():
         order = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format  # as `load_pipeline` has it
-        _put(denoiser, name, tensor.contiguous(memory_format=order))
+        _put(denoiser, name, torch.empty_like(tensor, memory_format=order).copy_(tensor))  # strides and all
     quantised = {f"{name}.weight" for name in plan.quant.layers}
     missing = [name for name, tensor in _tensors(denoiser) if tensor.is_meta and name not in quantised]
     if missing:
