@@ -72,11 +72,15 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
         raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     _refuse_mismatch(identify(pipe, plan.config.sampler.guidance_scale), plan.identity)
-    structure = adapter(pipe, plan.config.cache.branch)
-    cache = FeatureCache(plan.schedule, keep=2 if plan.correction.uses_forecast else 1)
+    structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
+    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
     network = _install(structure, plan, cache, chosen)
     step = accelerated_step(structure, cache, plan.correction)
-    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, lambda call: _check_guidance(pipe, plan, call))
+
+    def check(call: Call) -> None:
+        _check_guidance(pipe, plan, structure, call)
+
+    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
     try:
         hook.install()
     except BaseException:
@@ -202,9 +206,11 @@ def _refuse_mismatch(found: ModelIdentity, expected: ModelIdentity) -> None:
             )
 
 
-def _check_guidance(pipe: Any, plan: Plan, call: Call) -> None:
+def _check_guidance(pipe: Any, plan: Plan, structure: Adapter, call: Call) -> None:
     """Refuse a run in another guidance mode than the plan's, at its first evaluation."""
     guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:
+        guided = structure.guided(call.kwargs)
     found = None if guided is None else ("cfg" if guided else "none")
     if found is not None and found != plan.identity.guidance:
         raise UserError(

@@ -14,6 +14,9 @@ from cachequant.types import AffineMap
 NEGLIGIBLE_VARIANCE = 1e-10
 """Variance below this share of the second moment (float64 rounding of the sums) counts as a constant channel."""
 
+PIECE = 1 << 24
+"""About how many values of a tensor are turned into float64 at once: it bounds the memory of the sums."""
+
 
 class Moments:
     """Sums that determine the regression of y on one or two features, per channel.
@@ -29,11 +32,16 @@ class Moments:
 
     def update(self, features: tuple[Tensor, ...], target: Tensor, channel_dim: int = 1) -> None:
         """Add the pairs of one batch: every tensor has the same shape [..., C at channel_dim, ...]."""
-        rows = [t.detach().movedim(channel_dim, 0).flatten(1).double() for t in (*features, target)]  # [C, n]
-        rows.append(torch.ones_like(rows[0]))
-        stacked = torch.stack(rows, dim=1)  # [C, F+2, n]
-        gram = stacked @ stacked.transpose(1, 2)  # [C, F+2, F+2]
-        self.gram = gram if self.gram is None else self.gram + gram
+        count = len(target)
+        splits = channel_dim % target.dim() != 0  # along the batch, where dimension 0 is one
+        length = max(1, PIECE * count // max(1, target.numel())) if splits else count
+        for start in range(0, count, length):
+            piece = [t[start : start + length].detach() for t in (*features, target)]
+            rows = [t.movedim(channel_dim, 0).flatten(1).double() for t in piece]  # [C, n]
+            rows.append(torch.ones_like(rows[0]))
+            stacked = torch.stack(rows, dim=1)  # [C, F+2, n]
+            gram = stacked @ stacked.transpose(1, 2)  # [C, F+2, F+2]
+            self.gram = gram if self.gram is None else self.gram + gram
 
     def solve(self, ridge: float = 0.0, inflation: float = 0.0) -> AffineMap:
         """Least squares y ≈ scale·x₁ (+ previous·x₂) + shift.
@@ -50,18 +58,27 @@ class Moments:
         Raises:
             ValueError: nothing was added yet.
         """
-        if self.gram is None:
-            raise ValueError("no pairs were added to these moments")
-        count = self.gram[:, -1, -1]  # [C]
-        mean = self.gram[:, :-1, -1] / count[:, None]  # [C, F+1]
-        second = self.gram[:, :-1, :-1] / count[:, None, None]  # [C, F+1, F+1]
-        covariance = second - mean[:, :, None] * mean[:, None, :]  # [C, F+1, F+1]
+        mean, covariance = self.centred()
+        second = covariance + mean[:, :, None] * mean[:, None, :]  # [C, F+1, F+1]
         theta = _solve(covariance, second, ridge)  # [C, F]
         if inflation:
             theta = theta * (1.0 + inflation * (_deviation_ratio(covariance, theta) - 1.0))[:, None]
         shift = mean[:, -1] - (theta * mean[:, :-1]).sum(1)  # [C]
         previous = theta[:, 1].float() if theta.shape[1] == 2 else None
         return AffineMap(theta[:, 0].float(), shift.float(), previous)
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Mean [C, F+1] and covariance [C, F+1, F+1] of the features and, last, the target; both divided by n.
+
+        Raises:
+            ValueError: nothing was added yet.
+        """
+        if self.gram is None:
+            raise ValueError("no pairs were added to these moments")
+        count = self.gram[:, -1, -1]  # [C]
+        mean = self.gram[:, :-1, -1] / count[:, None]
+        second = self.gram[:, :-1, :-1] / count[:, None, None]
+        return mean, second - mean[:, :, None] * mean[:, None, :]
 
     def error(self, affine: AffineMap | None = None) -> Tensor:
         """Mean squared error per channel [C] of y against a map's prediction, None for y ≈ x₁ unchanged.
@@ -116,6 +133,42 @@ def _deviation_ratio(covariance: Tensor, theta: Tensor) -> Tensor:
     usable = (predicted > NEGLIGIBLE_VARIANCE * target) & (target > 0)
     ratio = (target / torch.where(usable, predicted, torch.ones_like(predicted))).clamp(min=0.0).sqrt()
     return torch.where(usable, ratio, torch.ones_like(ratio)).clamp(1.0, 2.0)
+
+
+def solve_prediction(
+    sums: Moments, ridge: float, factors: tuple[float, float] = (0.0, 0.0), deviation: Tensor | None = None
+) -> AffineMap:
+    """The map of a prediction: ε ≈ scale·ε̂ + previous·x_t + shift, by least squares; with `deviation`, of a given spread.
+
+    Least squares at the accelerated model's own x_t shrinks what it cannot predict, at every step again. The part of the
+    map that is orthogonal to x_t is therefore stretched until the denoised prediction D = p·x_t + q·ε has the deviation
+    that it had on full-precision trajectories of the same noise: with β = Cov(ε̂, x_t) / Var(x_t), scale becomes k·scale and
+    previous takes (1 - k)·scale·β, so E[ε | x_t] stays. k is kept in [1/2, 2]. Ours, not in the paper.
+
+    Args:
+        sums: of the pairs ((ε̂, x_t), ε), ε being the full-precision prediction at the same x_t.
+        ridge: of `Moments.solve`.
+        factors: (p, q) of D.
+        deviation: [C] target for D, or None for plain least squares.
+    """
+    fitted = sums.solve(ridge)
+    if deviation is None:
+        return fitted
+    assert fitted.previous is not None, "the sums need x_t as second regressor"
+    mean, covariance = sums.centred()
+    p, q = factors
+    scale, previous = fitted.scale.double(), fitted.previous.double()
+    power = covariance[:, 1, 1].clamp(min=torch.finfo(torch.float64).tiny)  # [C] Var(x_t)
+    slope = covariance[:, 0, 1] / power  # [C] β
+    rest = covariance[:, 0, 0] - slope * covariance[:, 0, 1]  # [C] Var(ε̂) that x_t does not explain
+    explained = (p + q * (previous + scale * slope)).square() * power  # [C] what x_t gives to Var(D)
+    own = (q * scale).square() * rest
+    usable = own > NEGLIGIBLE_VARIANCE * explained
+    wanted = (deviation.to(own).square() - explained).clamp(min=0.0) / torch.where(usable, own, 1.0)
+    stretch = torch.where(usable, wanted.sqrt().clamp(0.5, 2.0), 1.0)  # [C] k
+    scale, previous = stretch * scale, previous + (1 - stretch) * scale * slope
+    shift = mean[:, 2] - scale * mean[:, 0] - previous * mean[:, 1]
+    return AffineMap(scale.float(), shift.float(), previous.float())
 
 
 def fit_affine(x: Tensor, y: Tensor, channel_dim: int = 1) -> AffineMap:

@@ -153,6 +153,7 @@ class Plan:
         ]
         if s.cost is not None and s.uniform_cost is not None:
             lines.insert(3, f"objective    {s.cost:.6g} (uniform schedule {s.uniform_cost:.6g})")
+        lines += [self._consumer_line(consumer) for consumer in self.provenance.get("consumers", [])]
         measured = self.provenance.get("measured", {})
         if {"dps_seconds", "trajectories_seconds", "ring_bytes"} <= set(measured):
             dps, whole = measured["dps_seconds"], measured["trajectories_seconds"]
@@ -161,6 +162,15 @@ class Plan:
                 f"DPS took     {dps:.2f} s beside {whole:.2f} s of trajectories ({dps / whole:.1%}), {ring:.1f} MB"
             )
         return "\n".join(lines)
+
+    def _consumer_line(self, consumer: dict[str, Any]) -> str:
+        """What one reader of the cached feature takes from it, and whether its product is corrected."""
+        line = f"reads it     {consumer['name']}: {consumer['width']} of {consumer['channels']} input channels"
+        if consumer["straddling_groups"]:
+            line += ", one normalisation group holds both halves"
+        if consumer["name"] not in self.correction.layers:
+            return f"{line}; not corrected"
+        return f"{line}; corrected" + (" on the joint input" if consumer["straddling_groups"] else "")
 
 
 def _verify(record: Any, folder: Path) -> None:

@@ -145,7 +145,7 @@ def unpack_maps(prefix: str, flat: dict[str, Tensor]) -> dict[int, AffineMap]:
 
 def pack_correction(correction: Correction) -> dict[str, Tensor]:
     """A correction as named tensors."""
-    flat = pack_maps("cache", correction.cache)
+    flat = {**pack_maps("cache", correction.cache), **pack_maps("output", correction.output)}
     for name, maps in correction.layers.items():
         flat |= pack_maps(f"layers.{name}", maps)
     return flat
@@ -154,7 +154,8 @@ def pack_correction(correction: Correction) -> dict[str, Tensor]:
 def unpack_correction(flat: dict[str, Tensor]) -> Correction:
     """The inverse of `pack_correction`."""
     names = _names(flat, "layers.", ".steps")
-    return Correction(unpack_maps("cache", flat), {n: unpack_maps(f"layers.{n}", flat) for n in names})
+    layers = {n: unpack_maps(f"layers.{n}", flat) for n in names}
+    return Correction(unpack_maps("cache", flat), layers, unpack_maps("output", flat))
 
 
 def pack_quant(state: QuantState) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class AffineMap:
     Attributes:
         scale: [C] factor of the newest feature (a in the paper).
         shift: [C] offset (b in the paper).
-        previous: [C] factor of the feature refreshed one group earlier, or None without forecast.
+        previous: [C] factor of a second regressor, or None: the feature refreshed one group earlier (forecast), or x_t.
     """
 
     scale: Tensor
@@ -104,10 +104,12 @@ class Correction:
     Attributes:
         cache: step -> map of the reused feature (a₁, b₁ of the paper and the forecast term); absent steps reuse it raw.
         layers: layer name -> step -> map of the layer's integer product (a₂, b₂ of the paper).
+        output: step -> map of the prediction, its second regressor being x_t (ours): ε ← scale·ε + previous·x_t + shift.
     """
 
     cache: dict[int, AffineMap] = field(default_factory=dict)
     layers: dict[str, dict[int, AffineMap]] = field(default_factory=dict)
+    output: dict[int, AffineMap] = field(default_factory=dict)
 
     @property
     def uses_forecast(self) -> bool:

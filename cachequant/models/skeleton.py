@@ -71,7 +71,7 @@ def build_pipeline(plan: Plan) -> Any:
     assert plan.remainder is not None
     recipe = plan.remainder.recipe
     if recipe["others"]:
-        return load_pipeline(plan.config.model.path, "cpu", **{recipe["role"]: denoiser})
+        return load_pipeline(plan.config.model, "cpu", **{recipe["role"]: denoiser})
     return _class(recipe["pipeline"])(**{recipe["role"]: denoiser, "scheduler": _make(recipe["scheduler"])})
 
 

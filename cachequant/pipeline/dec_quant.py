@@ -3,7 +3,7 @@
 Two kinds of trajectory, as in stage 2. On `full_precision` ones (the paper) each corrected layer's integer product is
 regressed on its exact product of the same input. `free_running` (ours) regresses on the layer's output in the
 full-precision network at the accelerated model's own x_t, layer after layer within the step, each fit in use before the
-next layer is reached, and refits the cached feature's map on the way.
+next layer is reached, refits the cached feature's map on the way, and last maps the prediction itself (ours).
 """
 
 from __future__ import annotations
@@ -12,28 +12,38 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments
-from cachequant.pipeline.context import FRESH, Context
+from cachequant.pipeline.chunks import Chunks
+from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import regressors
 from cachequant.pipeline.hook import Call
+from cachequant.pipeline.prediction import PredictionFit
 from cachequant.quant.convert import QuantizedNetwork, install
 from cachequant.quant.layers import Mode
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
 
 
-def fit_quantised(context: Context, schedule: Schedule, correction: Correction, state: QuantState) -> Correction:
-    """The correction with a₂, b₂ for every corrected layer and executed step (and a refitted cache part if free-running)."""
+def fit_quantised(
+    context: Context, schedule: Schedule, correction: Correction, state: QuantState | None, spread: Tensor
+) -> Correction:
+    """The correction with a₂, b₂ for every corrected layer and executed step.
+
+    If free-running, with a refitted cache part and the map of the prediction. Without quantisation (`state` None) only that
+    last one is left to fit. Its noise is that of stage 1, whose `spread` [T, C] (`Spread.deviation`) it keeps.
+    """
     settings = context.config.correction
-    if settings.layers == "none" and settings.trajectory == "full_precision":
+    if settings.trajectory == "full_precision" and (state is None or settings.layers == "none"):
+        return correction
+    if state is None and settings.output == "none":
         return correction
     adapter = context.adapter
-    cache = FeatureCache(schedule, keep=2 if settings.forecast else 1)
-    handle = install(adapter.denoiser, state, cache, correction=correction)
+    cache = FeatureCache(schedule, 2 if settings.forecast else 1, adapter.channel_dim)
+    handle = install(adapter.denoiser, state or QuantState(), cache, correction=correction)
     adapter.rebuild()
     try:
         if settings.trajectory == "full_precision":
             return _teacher_forced(context, cache, correction, handle)
-        return _free_running(context, cache, correction, handle)
+        return _free_running(context, cache, handle, spread)
     finally:
         handle.remove()
         adapter.rebuild()
@@ -44,7 +54,8 @@ def corrected_layers(context: Context, handle: QuantizedNetwork) -> tuple[str, .
     kind = context.config.correction.layers
     if kind == "all":
         return tuple(handle.layers)
-    return tuple(n for n in context.adapter.consumers() if n in handle.layers) if kind == "consumers" else ()
+    found = context.adapter.consumers() if kind == "consumers" else ()
+    return tuple(consumer.name for consumer in found if consumer.name in handle.layers)
 
 
 def gather_products(
@@ -68,8 +79,7 @@ def gather_products(
         adapter.cached(call.x, call.timestep, None, reused, **call.kwargs)
         return output
 
-    for _ in context.run(step, cache, context.seeds(FRESH), "5 dec quant"):
-        pass
+    context.trajectories(step, cache, context.fresh_seeds, "5 dec quant")
     return {name: dict(sorted(handle.layers[name].moments.items())) for name in names}
 
 
@@ -81,35 +91,52 @@ def _teacher_forced(
     return Correction(correction.cache, {name: solve_maps(moments, ridge) for name, moments in sums.items()})
 
 
-def _free_running(
-    context: Context, cache: FeatureCache, correction: Correction, handle: QuantizedNetwork
-) -> Correction:
+def _free_running(context: Context, cache: FeatureCache, handle: QuantizedNetwork, spread: Tensor) -> Correction:
     """Sequential local fits along the accelerated model's own trajectory."""
-    adapter, settings, names = context.adapter, context.config.correction, corrected_layers(context, handle)
+    settings, names, seeds = context.config.correction, corrected_layers(context, handle), context.paired_seeds
+    network = Chunks(context.adapter) if settings.layers == "all" else Chunks.of(context, len(seeds))
     maps: dict[int, AffineMap] = {}
+    sums: dict[int, Moments] = {}
+    predictions = PredictionFit(context, spread)
     for name in names:
         handle.layers[name].ridge = settings.ridge
 
     def step(call: Call) -> Tensor:
         """Full precision at the accelerated model's x_t is the target; the accelerated step, fitted to it, leads."""
+        for name in names:
+            handle.layers[name].start_fit(new_step=call.opens)
         handle.set_mode(Mode.FLOAT)
         handle.set_mode(Mode.RECORD, names)
-        _, target = adapter.full(call.x, call.timestep, **call.kwargs)
+        exact, target = network.full(call)
+        if settings.cache and not cache.must_refresh:
+            pooled = sums.setdefault(cache.step, Moments())
+            pooled.update(regressors(cache, settings.forecast), target, context.adapter.channel_dim)
+            maps[cache.step] = pooled.solve(settings.ridge, settings.inflation).to(call.x.device, call.x.dtype)
         handle.set_mode(Mode.QUANTIZED)
         handle.set_mode(Mode.FIT, names)
-        if cache.must_refresh:
-            output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
+        output, feature = _accelerated(network, call, cache, maps)
+        if network.count > 1 and names:  # the first chunks ran on a fit that had not seen the last
+            handle.set_mode(Mode.QUANTIZED)
+            output, feature = _accelerated(network, call, cache, maps)
+        if feature is not None:
             cache.store(feature)
-            return output
-        if settings.cache:
-            sums = Moments()
-            sums.update(regressors(cache, settings.forecast), target)
-            fitted = sums.solve(settings.ridge, settings.inflation)
-            maps[cache.step] = fitted.to(call.x.device, call.x.dtype)
-        return adapter.cached(call.x, call.timestep, None, cache.reuse(maps.get(cache.step)), **call.kwargs)
+            if not handle.layers:  # nothing was rounded
+                return output
+        return predictions.fit(cache.step, call.x, output, exact, keep_spread=feature is None)
 
-    seeds = context.seeds(FRESH)
-    for _ in context.run(step, cache, seeds, "5 dec quant", len(seeds)):
-        pass
+    context.trajectories(step, cache, seeds, "5 dec quant", len(seeds))
     layers = {n: {s: m.to("cpu") for s, m in sorted(handle.layers[n].corrections.items())} for n in names}
-    return Correction({s: m.to("cpu") for s, m in maps.items()}, layers)
+    return Correction(_on_cpu(maps), layers, _on_cpu(predictions.maps))
+
+
+def _on_cpu(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
+    return {step: affine.to("cpu") for step, affine in maps.items()}
+
+
+def _accelerated(
+    network: Chunks, call: Call, cache: FeatureCache, maps: dict[int, AffineMap]
+) -> tuple[Tensor, Tensor | None]:
+    """One step of the accelerated network: its output, and the feature of a refresh."""
+    if cache.must_refresh:
+        return network.full(call)
+    return network.cached(call, cache.reuse(maps.get(cache.step))), None

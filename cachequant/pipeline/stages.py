@@ -69,7 +69,7 @@ class Stages:
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
-            "prompts": list(context.generator.prompts),
+            "prompts": list(context.generator().prompts),
             "cache": asdict(config.cache),
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
@@ -162,9 +162,10 @@ class Stages:
     def correction(self) -> tuple[Correction, str]:
         """Stage 5: the corrections of the quantised layers beside those of the cache."""
         (schedule, _), (correction, _), (state, parent) = self.schedule(), self.cache_correction(), self.quant()
+        calibration, _ = self.calibration()
 
         def compute() -> Correction:
-            return correction if state is None else fit_quantised(self.context, schedule, correction, state)
+            return fit_quantised(self.context, schedule, correction, state, calibration.spread)
 
         inputs = {"parent": parent, "correction": asdict(self.context.config.correction)}
         return self.store.obtain(5, "fit_dec_quant", inputs, compute, _save_correction, _load_correction)
@@ -180,6 +181,7 @@ class Stages:
             "seed": config.calibration.seed,
             "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
             "measured": calibration.measured,
+            "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         identity, timesteps = context.identity, context.timesteps
         remainder = None if state is None else remainder_of(context.pipe, state)
@@ -196,9 +198,10 @@ class Stages:
     def samples(self) -> tuple[Samples, str]:
         """Stage 6: images of the plan."""
         plan, parent = self.plan()
-        sample = self.context.config.sample
+        sample, prompts = self.context.config.sample, self.context.generator(sampling=True).prompts
         seeds = list(range(sample.seed, sample.seed + sample.count))
-        inputs = {"parent": parent, "sample": asdict(sample), "backend": backend_of(self.context).name}
+        inputs = {"parent": parent, "sample": asdict(sample), "prompts": list(prompts)}
+        inputs["backend"] = backend_of(self.context).name
         return self.store.obtain(
             6,
             "sample",
@@ -218,7 +221,7 @@ def _load_correction(folder: Path) -> Correction:
 
 
 def _save_calibration(folder: Path, value: Calibration) -> None:
-    flat = {"band": value.band, "weights": value.weights}
+    flat = {"band": value.band, "weights": value.weights, "spread": value.spread}
     for step, entry in enumerate(value.inputs):
         flat[f"inputs.{step}.x"] = entry.x
         flat[f"inputs.{step}.timestep"] = entry.timestep
@@ -239,7 +242,8 @@ def _load_calibration(folder: Path) -> Calibration:
         own = {name[len(prefix) :]: tensor for name, tensor in flat.items() if name.startswith(prefix)}
         kwargs = own if step == 0 else {**entries[0].kwargs, **own}  # the same conditioning is saved once
         entries.append(StepInput(flat[f"inputs.{step}.x"], flat[f"inputs.{step}.timestep"], kwargs))
-    return Calibration(flat["band"], record["cost"], flat["weights"], tuple(entries), record["measured"])
+    band, weights, spread = flat["band"], flat["weights"], flat["spread"]
+    return Calibration(band, record["cost"], weights, spread, tuple(entries), record["measured"])
 
 
 def _save_moments(folder: Path, value: dict[int, Moments]) -> None:

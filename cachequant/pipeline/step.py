@@ -15,10 +15,10 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
     """Refresh where the schedule says so, else run the shallow network from the corrected feature.
 
     h ← a₁[t]·X_c + b₁[t] (+ c[t]·X_c') on cached steps only, always from the raw feature (CacheQuant section 3.3).
-    The layers' corrections a₂, b₂ live in the quantised layers themselves.
+    The layers' corrections a₂, b₂ live in the quantised layers themselves; ours of the prediction follows the network.
     """
     reuses = len(cache.schedule.refresh_steps) < cache.schedule.num_steps
-    on_device: dict[tuple[int, torch.device], AffineMap] = {}
+    feature_maps, output_maps = _OnDevice(correction.cache), _OnDevice(correction.output)
 
     def step(call: Call) -> Tensor:
         """One evaluation of the accelerated model."""
@@ -26,12 +26,41 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
             output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
             if reuses:
                 cache.store(feature)
-            return output
-        affine, place = correction.cache.get(cache.step), (cache.step, call.x.device)
-        if affine is not None:
-            if place not in on_device:
-                on_device[place] = affine.to(call.x.device, call.x.dtype)
-            affine = on_device[place]
-        return adapter.cached(call.x, call.timestep, None, cache.reuse(affine), **call.kwargs)
+        else:
+            reused = cache.reuse(feature_maps.at(cache.step, call.x))
+            output = adapter.cached(call.x, call.timestep, None, reused, **call.kwargs)
+        return correct_prediction(output, call.x, output_maps.at(cache.step, call.x))
 
     return step
+
+
+def correct_prediction(output: Tensor, x: Tensor, affine: AffineMap | None) -> Tensor:
+    """ε ← scale·ε + previous·x_t + shift on the channels that the prediction shares with x_t.
+
+    Args:
+        output: [B, C, H, W]; a learned variance in further channels stays as it is.
+        x: x_t [B, C', H, W]; further channels of an inpainting model are not read.
+        affine: maps of min(C, C') channels, or None for no change.
+    """
+    if affine is None:
+        return output
+    shared = len(affine.scale)
+    head = affine.apply(output[:, :shared], x[:, :shared])  # [B, min(C, C'), H, W]
+    return head if shared == output.shape[1] else torch.cat([head, output[:, shared:]], dim=1)
+
+
+class _OnDevice:
+    """Maps by step, moved to the device and precision of the sample once."""
+
+    def __init__(self, maps: dict[int, AffineMap]) -> None:
+        self._maps = maps
+        self._moved: dict[tuple[int, torch.device, torch.dtype], AffineMap] = {}
+
+    def at(self, step: int, like: Tensor) -> AffineMap | None:
+        """The map of `step`, or None."""
+        affine, key = self._maps.get(step), (step, like.device, like.dtype)
+        if affine is None:
+            return None
+        if key not in self._moved:
+            self._moved[key] = affine.to(like.device, like.dtype)
+        return self._moved[key]
