@@ -12,9 +12,10 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.kernels.backend import Backend, choose_backend
-from cachequant.models.adapter import Adapter, adapter, denoiser_of
+from cachequant.models.adapter import Adapter, adapter, denoiser_of, device_of
 from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
+from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
@@ -66,16 +67,20 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
         UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
             pipeline is then as it was.
     """
-    chosen = choose_backend(backend, next(denoiser_of(pipe).parameters()).device)
+    chosen = choose_backend(backend, device_of(denoiser_of(pipe)))
     if find(pipe) is not None:
         raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     _refuse_mismatch(identify(pipe, plan.config.sampler.guidance_scale), plan.identity)
-    structure = adapter(pipe, plan.config.cache.branch)
-    cache = FeatureCache(plan.schedule, keep=2 if plan.correction.uses_forecast else 1)
+    structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
+    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
     network = _install(structure, plan, cache, chosen)
     step = accelerated_step(structure, cache, plan.correction)
-    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, lambda call: _check_guidance(pipe, plan, call))
+
+    def check(call: Call) -> None:
+        _check_guidance(pipe, plan, structure, call)
+
+    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
     try:
         hook.install()
     except BaseException:
@@ -87,13 +92,28 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     return pipe
 
 
+def load_quantized(plan: str | Path, backend: str = "auto") -> Any:
+    """A pipeline with the plan enabled, from the plan's folder: the full-precision denoiser is neither read nor needed.
+
+    Only its integers, what stays in float32 and one layer at a time on the way are ever in memory. Other parts of a
+    pipeline (text encoder, autoencoder) are loaded from where the model is.
+
+    Raises:
+        UserError: as `enable`, or the plan holds no quantised denoiser.
+    """
+    loaded = Plan.load(plan, lazy=True)
+    return enable(build_pipeline(loaded), loaded, backend)
+
+
 def disable(pipe: Any) -> Any:
     """Put every layer back and let the pipeline's calls through untouched; bit-exactly what it was.
 
     Raises:
-        UserError: the pipeline is not enabled.
+        UserError: the pipeline is not enabled, or was loaded from its plan and has no full-precision weights.
     """
     state = _require(pipe)
+    if is_skeleton(state.adapter.denoiser):
+        raise UserError("this denoiser was loaded from its plan, so there is no full-precision model to go back to: load it")
     state.hook.remove()
     _uninstall(state.adapter, state.network)
     object.__delattr__(state.adapter.denoiser, "_cachequant")
@@ -186,9 +206,11 @@ def _refuse_mismatch(found: ModelIdentity, expected: ModelIdentity) -> None:
             )
 
 
-def _check_guidance(pipe: Any, plan: Plan, call: Call) -> None:
+def _check_guidance(pipe: Any, plan: Plan, structure: Adapter, call: Call) -> None:
     """Refuse a run in another guidance mode than the plan's, at its first evaluation."""
     guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:
+        guided = structure.guided(call.kwargs)
     found = None if guided is None else ("cfg" if guided else "none")
     if found is not None and found != plan.identity.guidance:
         raise UserError(

@@ -55,11 +55,31 @@ def build_parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "images from a saved plan", _sample)
     sample.add_argument("plan", type=Path, help="plan folder")
     sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
-    sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* only"
+    sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* and backend only"
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    from cachequant.config import FAMILIES
+
+    text = "an original checkpoint into a diffusers folder"
+    convert = _command(commands, "convert", text, _convert, computes=False)
+    convert.add_argument("checkpoint", type=Path, help=".ckpt, .pt, .pth or .safetensors file, read weights-only")
+    convert.add_argument("out", type=Path, help="new folder")
+    convert.add_argument("--family", required=True, choices=FAMILIES, help="whose checkpoint it is")
+    convert.add_argument("--config", type=Path, help="its original YAML, default that of the released checkpoint")
+    convert.add_argument(
+        "--weights", default="auto", choices=("auto", "ema", "raw"), help="auto: EMA weights wherever the file has them"
+    )
+    convert.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="for sd-v1, whose checkpoint holds none")
+    convert.add_argument("--vae", metavar="FOLDER_OR_ID", help="for dit-xl2, whose checkpoint holds no first stage")
+    convert.epilog = (
+        "--json: {folder, family, weights, parameters: {component: int}, used: int, unused: {reason: [key]}, notes}"
+    )
 
 
 def _command(
@@ -105,12 +125,13 @@ def stages_of(
     config = load_config(config_path, overrides)
     if device != "auto":
         config.device = device
-    pipe = load_pipeline(config.model.path, config.device)
+    pipe = load_pipeline(config.model, config.device)
     return Stages.at(Context.of(pipe, config), out, only)
 
 
 def _run(args: argparse.Namespace) -> None:
     stages = stages_of(args.config, args.set, args.device, args.out)
+    stages.context.generator(sampling=True)  # a prompt list that cannot be had is told now, not behind the calibration
     (plan, _), (samples, images_key) = stages.plan(), stages.samples()
     folder, images = stages.save_plan(), stages.store.root / f"6_sample-{images_key[:12]}"
     print(f"{plan.summary()}\nplan         {folder}\nimages       {images}/grid.png, {samples.seconds:.1f} s")
@@ -128,17 +149,20 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from cachequant.api import enable
+    from cachequant.api import enable, load_quantized
     from cachequant.evaluation.grid import image_grid, save_image
-    from cachequant.models.loading import load_pipeline
+    from cachequant.models.loading import load_pipeline, torch_device
     from cachequant.pipeline.sample import draw_enabled
     from cachequant.plan import Plan
     from cachequant.storage import make_folder, save_tensors
 
     make_folder(args.out)
-    plan = Plan.load(args.plan)
+    plan = Plan.load(args.plan, lazy=True)
     config = _with_sample_settings(plan.config, args.set)
-    pipe = enable(load_pipeline(config.model.path, args.device), plan)
+    if plan.remainder is not None and torch_device(args.device).type == "cpu":
+        pipe = load_quantized(args.plan, config.backend)
+    else:
+        pipe = enable(load_pipeline(config.model, args.device), plan, config.backend)
     samples = draw_enabled(pipe, config)
     save_tensors(args.out / "images.safetensors", {"images": samples.images})
     save_image(image_grid({"samples": samples.images[:16]}), args.out / "grid.png")
@@ -152,12 +176,14 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
-    """The plan's configuration with `sample.*` changed; anything else would no longer fit the plan."""
+    """The plan's configuration with `sample.*` or `backend` changed; anything else would no longer fit the plan."""
     from cachequant.config import apply_overrides
 
-    wrong = [item for item in overrides if not item.startswith("sample.")]
+    wrong = [item for item in overrides if not item.startswith(("sample.", "backend="))]
     if wrong:
-        raise UserError(f"--set {wrong[0]} with a plan, expected sample.* keys only: calibrate again to change others")
+        raise UserError(
+            f"--set {wrong[0]} with a plan, expected sample.* keys or backend only: calibrate again to change others"
+        )
     return apply_overrides(config, overrides)
 
 
@@ -170,10 +196,21 @@ def _inspect(args: argparse.Namespace) -> None:
     plan = Plan.load(args.plan)
     print(plan.summary())
     for key, value in plan.provenance.items():
-        print(f"{key:12} {value}")
+        if key != "consumers":  # lines of the summary
+            print(f"{key:12} {value}")
     schedule = {**asdict(plan.schedule), "refresh_steps": list(plan.schedule.refresh_steps)}
     value = {"summary": plan.summary(), "schedule": schedule, "config": config_to_dict(plan.config)}
     _report_json(args, {**value, "provenance": plan.provenance})
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from cachequant.models.original.convert import convert
+
+    made = convert(args.checkpoint, args.family, args.config, args.weights, args.tokenizer, args.vae)
+    made.save(args.out)
+    print(f"{made.summary()}\nfolder       {args.out}")
+    facts = {"family": made.family, "weights": made.weights, "parameters": made.parameters(), "notes": made.notes}
+    _report_json(args, {"folder": str(args.out), **facts, "used": len(made.used), "unused": made.unused})
 
 
 def stage_main(number: int, argv: Sequence[str] | None = None) -> int:

@@ -16,18 +16,32 @@ from yaml import YAMLError
 
 from cachequant.errors import UserError
 
+FAMILIES = ("ddpm-cifar10", "ldm4-bedroom", "ldm8-church", "ldm4-imagenet", "sd-v1", "dit-xl2")
+"""The paper's models."""
+
 
 @dataclass
 class ModelConfig:
-    """Which pretrained pipeline is accelerated. `path`: diffusers folder (relative to the repository) or hub id."""
+    """Which pretrained pipeline is accelerated.
+
+    `path`: diffusers folder (relative to the repository), hub id, or an original checkpoint file. `family`: one of
+    `FAMILIES`; a file needs it, a folder or hub id gets its sampler. `original_config`, `weights`: as in
+    `cachequant convert`, for a file.
+    """
 
     path: str = ""
     name: str = ""
+    family: str = ""
+    original_config: str | None = None
+    weights: str = "auto"
 
 
 @dataclass
 class SamplerConfig:
-    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance."""
+    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance.
+
+    `prompts`: file of `cachequant.models.prompts`. `labels`: class ids, cycled; None spreads the images over all classes.
+    """
 
     steps: int = 100
     eta: float = 0.0
@@ -38,10 +52,15 @@ class SamplerConfig:
 
 @dataclass
 class CacheConfig:
-    """What is reused and how often. `branch` counts decoder positions behind the cache site, 0 keeps only the last."""
+    """What is reused and how often.
+
+    `branch`: of a U-Net, decoder positions behind the cache site, 0 keeps only the last. `span`: of a transformer, first
+    and last block whose sum is cached, 0-based; None is the middle half.
+    """
 
     interval: int = 10
     branch: int = 0
+    span: list[int] | None = None
 
 
 @dataclass
@@ -91,14 +110,20 @@ class QuantConfig:
 class CalibrationConfig:
     """Sizes of the calibration: `samples` trajectories, `refresh_inputs` / `cached_inputs` of them kept per step.
 
-    Free-running fits take all samples in one batch, since a step's fit is complete before any sample takes the step.
+    `dps_samples` of them, in whole batches, measure the distances of the schedule; stages 2 and 5 draw `dec_samples` fresh
+    ones; None is as many as `samples`. The network sees `batch_size` samples at once, also in free-running fits, where all
+    samples advance together; only `correction.layers=all` takes them in one batch, since every layer's fit must be in use
+    before the next layer. `prompts`: the calibration's, disjoint from the sampler's; None takes those.
     """
 
     samples: int = 16
+    dps_samples: int | None = None
+    dec_samples: int | None = None
     batch_size: int = 16
     refresh_inputs: int = 16
     cached_inputs: int = 16
     seed: int = 1243
+    prompts: str | None = None
 
 
 @dataclass
@@ -129,6 +154,8 @@ class RunConfig:
 
 
 _CHOICES = {
+    "model.family": ("", *FAMILIES),
+    "model.weights": ("auto", "ema", "raw"),
     "schedule.kind": ("uniform", "power", "dps"),
     "schedule.cost": ("l1", "l2", "sampler"),
     "correction.layers": ("none", "consumers", "all"),
@@ -149,6 +176,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "quant.ends_bits": (2, 8),
     "quant.attention_bits": (2, 8),
     "calibration.samples": (1, 10**7),
+    "calibration.dps_samples": (1, 10**7),
+    "calibration.dec_samples": (1, 10**7),
     "calibration.batch_size": (1, 10**6),
     "calibration.refresh_inputs": (1, 10**7),
     "calibration.cached_inputs": (1, 10**7),
@@ -175,12 +204,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         UserError: missing file, YAML that does not parse, unknown key, wrong type, value out of range.
     """
     path = Path(path)
-    own = _read_yaml(path)
+    own = read_yaml(path)
     extra = _parse_overrides(overrides or [])
-    base = _read_yaml(repository_folder() / "configs" / "_base.yaml")
+    base = read_yaml(repository_folder() / "configs" / "_base.yaml")
     try:
         method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
-        method_yaml = _read_yaml(method_path(str(method)))
+        method_yaml = read_yaml(method_path(str(method)))
         _reject_unknown(own, path.name)
         _reject_unknown(method_yaml, f"method {method}")
         _reject_unknown(extra, "--set")
@@ -279,7 +308,12 @@ def _lookup(config: RunConfig, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file of `key: value` lines.
+
+    Raises:
+        UserError: missing, or not such a file.
+    """
     if not path.is_file():
         raise UserError(f"no configuration file {path}; expected a YAML such as configs/fashion.yaml")
     try:

@@ -14,6 +14,9 @@ from cachequant.types import AffineMap
 NEGLIGIBLE_VARIANCE = 1e-10
 """Variance below this share of the second moment (float64 rounding of the sums) counts as a constant channel."""
 
+PIECE = 1 << 24
+"""About how many values of a tensor are turned into float64 at once: it bounds the memory of the sums."""
+
 
 class Moments:
     """Sums that determine the regression of y on one or two features, per channel.
@@ -29,11 +32,16 @@ class Moments:
 
     def update(self, features: tuple[Tensor, ...], target: Tensor, channel_dim: int = 1) -> None:
         """Add the pairs of one batch: every tensor has the same shape [..., C at channel_dim, ...]."""
-        rows = [t.detach().movedim(channel_dim, 0).flatten(1).double() for t in (*features, target)]  # [C, n]
-        rows.append(torch.ones_like(rows[0]))
-        stacked = torch.stack(rows, dim=1)  # [C, F+2, n]
-        gram = stacked @ stacked.transpose(1, 2)  # [C, F+2, F+2]
-        self.gram = gram if self.gram is None else self.gram + gram
+        count = len(target)
+        splits = channel_dim % target.dim() != 0  # along the batch, where dimension 0 is one
+        length = max(1, PIECE * count // max(1, target.numel())) if splits else count
+        for start in range(0, count, length):
+            piece = [t[start : start + length].detach() for t in (*features, target)]
+            rows = [t.movedim(channel_dim, 0).flatten(1).double() for t in piece]  # [C, n]
+            rows.append(torch.ones_like(rows[0]))
+            stacked = torch.stack(rows, dim=1)  # [C, F+2, n]
+            gram = stacked @ stacked.transpose(1, 2)  # [C, F+2, F+2]
+            self.gram = gram if self.gram is None else self.gram + gram
 
     def solve(self, ridge: float = 0.0, inflation: float = 0.0) -> AffineMap:
         """Least squares y ≈ scale·x₁ (+ previous·x₂) + shift.

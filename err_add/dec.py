@@ -54,7 +54,7 @@ def quant_curves(stages: Stages) -> Curves:
     context = stages.context
     if context.config.correction.layers == "none":
         raise UserError("correction.layers is none: nothing to study, set it to consumers")
-    cache = FeatureCache(schedule, keep=2 if context.config.correction.forecast else 1)
+    cache = FeatureCache(schedule, 2 if context.config.correction.forecast else 1, context.adapter.channel_dim)
     handle = install(context.adapter.denoiser, state, cache, correction=correction)
     context.adapter.rebuild()
     try:

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     torch.backends.cudnn.benchmark = True
     table, base = Table(args.out), cq.load_config(args.config, [*args.overrides, "cache.interval=1"])
-    pipe = cq.load_pipeline(base.model.path, args.device)
+    pipe = cq.load_pipeline(base.model, args.device)
     judge = Judge(args.data, pipe.device)
     table.record |= {
         "command": "python scripts/ablation.py " + " ".join(argv or sys.argv[1:]),

@@ -583,3 +583,15 @@ def test_a_constant_prediction_is_not_divided_by_zero() -> None:
     sums.update((torch.ones_like(x), x), torch.zeros_like(x))
     fit = solve_prediction(sums, 0.0, (1.0, -1.0), torch.ones(1))
     assert all(torch.isfinite(t).all() for t in (fit.scale, fit.shift, fit.previous) if t is not None)
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3, 4), (6, 8, 5), (40, 5), (5, 9)])
+def test_sums_taken_piece_by_piece_are_the_sums(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    channel_dim = shape.index(5)
+    x, y = pair(3, shape, channel_dim)
+    whole, pieces = Moments(), Moments()
+    whole.update((x,), y, channel_dim)
+    monkeypatch.setattr("cachequant.correction.PIECE", 30)
+    pieces.update((x,), y, channel_dim - len(shape))
+    assert whole.gram is not None and pieces.gram is not None
+    torch.testing.assert_close(pieces.gram, whole.gram, rtol=1e-12, atol=1e-12)

@@ -6,14 +6,17 @@ float32 with scale, bias and an optional sum in the epilogue. The numbers are th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cachequant.kernels.fused import Grid
+from cachequant.kernels.fused import Grid, row_sums
 from cachequant.kernels.reference import Geometry
 from cachequant.types import WeightGrid
 
@@ -38,8 +41,8 @@ def _probe() -> str | None:
     flat = WeightGrid(grid.values[:, :, 0, 0], grid.scale, grid.zero_point, 8)
     strided = Geometry(True, stride=(2, 2))  # a 1×1 convolution that is not a matrix product
     try:
-        found = PackedWeight.of(grid, strided)(x, Grid(1.0, 0, 8), grid.scale)
-        product = PackedWeight.of(flat, Geometry(False))(x[:, :, 0, 0].contiguous(), Grid(1.0, 0, 8), grid.scale)
+        found = PackedWeight.of(grid, strided).convolve(x, Grid(1.0, 0, 8), grid.scale, None)
+        product = PackedWeight.of(flat, Geometry(False)).multiply(x[:, :, 0, 0], Grid(1.0, 0, 8), grid.scale, None)
     except (RuntimeError, NotImplementedError) as error:
         return f"oneDNN's int8 operators do not run here ({str(error).splitlines()[0][:100]})"
     exact = 255.0 * 127.0 * 32.0
@@ -72,107 +75,104 @@ class PackedWeight:
     """Integer weights of one segment in oneDNN's layout; a 1×1 convolution is packed as a matrix over pixels.
 
     The plan's weights q - z lie in [-255, 255]. Where they all fit int8 they are used as they are; else each channel is
-    moved by the smallest offset o that makes it fit, w = w' + o, and o·Σx, one more product with a single output channel of
-    ones, is added: exact, whatever the zero point is.
+    moved by the smallest offset o that makes it fit, w = w' + o. Then Σ x·w = Σ x·w' + o·Σx, and Σx is one number per
+    output pixel: exact, whatever the zero point is, and an outer product that is added where the output is read.
 
     Attributes:
         packed: w' [O, I, ...].
         none: [O] zeros, the zero points of w'.
         geometry: of the layer.
         padding: of a convolution that stays one, None for a matrix.
+        kernel: its height and width.
         offset: [O] o, or None where all are 0.
-        ones: packed weights of ones [1, I, ...] beside an offset.
     """
 
     packed: Tensor
     none: Tensor
     geometry: Geometry
     padding: list[int] | None
+    kernel: tuple[int, ...]
     offset: Tensor | None
-    ones: Tensor | None
 
     @staticmethod
     def of(grid: WeightGrid, geometry: Geometry) -> PackedWeight:
         """Pack the weights of a supported layer."""
-        rows = grid.values.flatten(1).to(torch.int16) - grid.zero_point.to(torch.int16)[:, None]  # [O, n]
-        low, high = rows.amin(1), rows.amax(1)
+        zero, rows = grid.zero_point.to(torch.int32), grid.values.flatten(1)  # [O], [O, n]
+        low, high = rows.amin(1) - zero, rows.amax(1) - zero
         offset = (high - HIGH).clamp(min=0) + (low - LOW).clamp(max=0)  # [O]; a range of 255 leaves at most one of them
-        values = (rows - offset[:, None]).to(torch.int8).view(grid.values.shape)
+        shift = (zero + offset).remainder(256).to(torch.uint8)
+        values = (rows - shift[:, None]).view(torch.int8).view(grid.values.shape)  # bytes wrap, and the result fits
+        kernel = tuple(values.shape[2:])
         padding = _paddings(geometry, grid) if geometry.is_conv else None
-        if geometry.is_conv and values[0, 0].numel() == 1 and geometry.stride == (1, 1) and padding == [0, 0]:
+        if geometry.is_conv and kernel == (1, 1) and geometry.stride == (1, 1) and padding == [0, 0]:
             values, padding = values.flatten(1), None
-        moved = bool(offset.any())
-        return PackedWeight(
-            _pack(values, geometry, padding),
-            torch.zeros(len(values), dtype=torch.int32),
-            geometry,
-            padding,
-            offset.float() if moved else None,
-            _pack(torch.ones_like(values[:1]), geometry, padding) if moved else None,
-        )
+        none = torch.zeros(len(values), dtype=torch.int32)
+        packed = _pack(values, geometry, padding)
+        return PackedWeight(packed, none, geometry, padding, kernel, offset.float() if offset.any() else None)
 
-    def __call__(
-        self,
-        x: Tensor,
-        grid: Grid,
-        scale: Tensor,
-        bias: Tensor | None = None,
-        plus: Tensor | None = None,
-        reuse: bool = False,
+    @property
+    def is_matrix(self) -> bool:
+        """Whether `multiply` works on rows, and can add to its output."""
+        return self.padding is None
+
+    def output_size(self, height: int, width: int) -> tuple[int, ...]:
+        """Height and width of the output of a convolution."""
+        if self.padding is None:
+            return height, width
+        place = zip((height, width), self.kernel, self.geometry.stride, self.padding, self.geometry.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in place)
+
+    def convolve(self, x: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """scale[o]·grid.scale·Σ (x - z)·w' + bias of integers [B, I, H, W]: float32 [B, O, H', W'], both channels last.
+
+        torch's operator has a fused sum too, but copies its result: whoever reads the output adds.
+        """
+        assert self.padding is not None
+        place = (list(self.geometry.stride), self.padding, list(self.geometry.dilation), 1)
+        head = (x, grid.scale, grid.zero_point, self.packed, scale, self.none, bias)
+        return torch.ops.onednn.qconv2d_pointwise(*head, *place, 1.0, 0, torch.float32, "none", [], "")
+
+    def multiply(
+        self, x: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None, plus: Tensor | None = None, reuse: bool = False
     ) -> Tensor:
-        """scale[o]·grid.scale·Σ (x - z)·w + bias (+ plus).
+        """scale[o]·grid.scale·(x - z)·w'ᵀ + bias (+ plus) of rows of integers [R, I]: float32 [R, O].
 
         Args:
-            x: uint8 [B, I, H, W] in channels-last memory, or [..., I].
+            x: uint8 rows.
             grid: of x.
             scale: [O] factor of each channel beside the grid's.
             bias: [O] or None.
-            plus: float32 of the output's shape and memory order, added; left as it is unless `reuse`.
-            reuse: `plus` may be overwritten with the result.
-
-        Returns:
-            float32 [B, O, H', W'] in channels-last memory, or [..., O].
+            plus: float32 [R, O] added.
+            reuse: the result takes the memory of `plus`.
         """
-        if self.padding is not None:
-            y = self._conv(self.packed, self.none, x, grid, scale, bias)
-            if self.offset is not None and self.ones is not None:
-                total = self._conv(self.ones, self.none[:1], x, grid, torch.ones(1), None)  # [B, 1, H', W']
-                y.addcmul_(total, (self.offset * scale).view(-1, 1, 1))
-            return y if plus is None else y.add_(plus)
-        rows = _rows(x, self.geometry)  # [R, I]
-        other = None if plus is None else _rows(plus, self.geometry)
-        if self.offset is not None and self.ones is not None:
-            total = self._linear(self.ones, self.none[:1], rows, grid, torch.ones(1), None, None, False)  # [R, 1]
-            column = self.offset * scale
-            other, reuse = total * column if other is None else torch.addcmul(other, total, column), True
-        y = self._linear(self.packed, self.none, rows, grid, scale, bias, other, reuse)  # [R, O]
-        if not self.geometry.is_conv:
-            return y.view(*x.shape[:-1], y.shape[1])
-        return y.view(x.shape[0], x.shape[2], x.shape[3], y.shape[1]).permute(0, 3, 1, 2)
-
-    def _conv(
-        self, weight: Tensor, none: Tensor, x: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """torch's operator has a fused sum for convolutions too, but copies its result: an add in place is faster."""
-        assert self.padding is not None
-        place = (list(self.geometry.stride), self.padding, list(self.geometry.dilation), 1)
-        head = (x, grid.scale, grid.zero_point, weight, scale, none, bias)
-        return torch.ops.onednn.qconv2d_pointwise(*head, *place, 1.0, 0, torch.float32, "none", [], "")
-
-    @staticmethod
-    def _linear(
-        weight: Tensor, none: Tensor, x: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None,
-        other: Tensor | None, reuse: bool,
-    ) -> Tensor:  # fmt: skip
-        op, head = torch.ops.onednn.qlinear_pointwise, (x, grid.scale, grid.zero_point, weight, scale, none)
-        if other is None:
+        op, head = torch.ops.onednn.qlinear_pointwise, (x, grid.scale, grid.zero_point, self.packed, scale, self.none)
+        if plus is None:
             return op(*head, bias, 1.0, 0, torch.float32, "none", [], "")
         kind = "sum" if reuse else "add"
-        return op.binary(*head, other, bias, 1.0, 0, torch.float32, 1.0, 0, kind, 1.0, "none", [], "")
+        return op.binary(*head, plus, bias, 1.0, 0, torch.float32, 1.0, 0, kind, 1.0, "none", [], "")
+
+    def window_sums(self, x: Tensor, grid: Grid) -> Tensor:
+        """Σ (x - z) over everything that each output pixel or row reads: float32 [R]."""
+        sums = row_sums(rows_of(x, self.geometry), grid.zero_point)
+        if self.is_matrix:
+            return sums
+        picture = sums.view(x.shape[0], 1, x.shape[2], x.shape[3])
+        place = (list(self.geometry.stride), self.padding, list(self.geometry.dilation))
+        return F.conv2d(picture, torch.ones(1, 1, *self.kernel), None, *place).flatten()
 
 
-def _rows(x: Tensor, geometry: Geometry) -> Tensor:
-    """[B, C, H, W] or [..., C] -> [R, C]; a view where memory allows it."""
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Packing frees a buffer as large as the one that it keeps, and the next one does not fit the hole by its alignment.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def rows_of(x: Tensor, geometry: Geometry) -> Tensor:
+    """[B, C, H, W] or [..., C] -> [R, C]; a view where memory is channels last."""
     return (x.permute(0, 2, 3, 1) if geometry.is_conv else x).reshape(-1, x.shape[1 if geometry.is_conv else -1])
 
 

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -142,44 +143,109 @@ Tensor quantize(const Tensor& x, at::ArrayRef<double> grid) {
   return out;
 }
 
-// Group normalisation of concat(x (+ other), skip) + shift, SiLU if asked, then integers of each part on its grid (or floats).
+// A value that is still a sum: data (+ other) (+ sums[row, k] * columns[k, channel] for k < 2), added wherever it is read.
+
+enum Terms { kPlain, kOther, kOuter, kOtherOuter };
 
 struct Part {
-  const float *data, *other;
+  const float* data;
   int64_t width, offset;
+  const float *other = nullptr, *sums = nullptr, *columns = nullptr;
+  int64_t count = 0;  // of outer products
 
   Part at(int64_t row) const {
-    return {data + row * width, other == nullptr ? nullptr : other + row * width, width, offset};
+    Part part = *this;
+    part.data += row * width;
+    if (other != nullptr) part.other += row * width;
+    if (sums != nullptr) part.sums += row * count;
+    return part;
   }
 
-  template <bool kOther>
-  Vector value(int64_t i, int64_t count) const {
-    return kOther ? load(data + i, count) + load(other + i, count) : load(data + i, count);
+  Terms terms() const { return static_cast<Terms>((other != nullptr ? kOther : 0) + (count > 0 ? kOuter : 0)); }
+
+  template <Terms kTerms>
+  Vector value(int64_t row, int64_t c, int64_t lanes) const {
+    Vector x = load(data + row * width + c, lanes);
+    if constexpr (kTerms == kOther || kTerms == kOtherOuter) x += load(other + row * width + c, lanes);
+    if constexpr (kTerms == kOuter || kTerms == kOtherOuter) {
+      x += sums[row * count] * load(columns + c, lanes);
+      if (count > 1) x += sums[row * count + 1] * load(columns + width + c, lanes);
+    }
+    return x;
   }
 };
 
-// Sums over pixels [begin, end) of x - x[0] and of its square, per channel.
-template <bool kOther>
-void channel_sums(const Part& part, int64_t begin, int64_t end, float* sum, float* square) {
-  vectors(part.width, [&](int64_t c, int64_t count) {
-    const Vector pivot = part.value<kOther>(c, count);
-    Vector s{}, q{};
-    for (int64_t p = begin; p < end; ++p) {
-      const Vector d = part.value<kOther>(p * part.width + c, count) - pivot;
-      s += d;
-      q += d * d;
-    }
-    store(sum + c, s, count);
-    store(square + c, q, count);
+// run(std::integral_constant<Terms, ...>) for the terms that a part has.
+template <class Run>
+void with_terms(Terms terms, Run run) {
+  switch (terms) {
+    case kPlain: return run(std::integral_constant<Terms, kPlain>{});
+    case kOther: return run(std::integral_constant<Terms, kOther>{});
+    case kOuter: return run(std::integral_constant<Terms, kOuter>{});
+    case kOtherOuter: return run(std::integral_constant<Terms, kOtherOuter>{});
+  }
+}
+
+// x [R, C] += other + sums [R, k] columns [k, C], in place.
+void add_terms(const Tensor& x, const std::optional<Tensor>& other, const Tensor& sums, const Tensor& columns) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  float* out = const_cast<float*>(floats(x));
+  TORCH_CHECK(!other || other->sizes() == x.sizes(), "add_terms: x and other differ");
+  TORCH_CHECK(sums.dim() == 2 && sums.size(0) == rows && sums.size(1) <= 2 && columns.size(0) == sums.size(1) &&
+                  columns.size(1) == width, "add_terms: sums and columns do not fit");
+  const Part part{out, width, 0, other ? floats(*other) : nullptr, floats(sums), floats(columns), sums.size(1)};
+  with_terms(part.terms(), [&](auto terms) {
+    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        vectors(width, [&](int64_t c, int64_t lanes) {
+          store(out + r * width + c, part.template value<terms.value>(r, c, lanes), lanes);
+        });
+    });
   });
 }
 
-template <bool kOther, bool kSilu, class Out, class Convert>
+// Sum of q - zero over each row of integers [R, C]: [R].
+Tensor row_sums(const Tensor& q, int64_t zero) {
+  TORCH_CHECK(q.dim() == 2 && q.scalar_type() == at::kByte && q.is_contiguous(), "row_sums: q must be uint8 rows [R, C]");
+  const int64_t rows = q.size(0), width = q.size(1);
+  const uint8_t* in = q.const_data_ptr<uint8_t>();
+  Tensor out = at::empty({rows}, q.options().dtype(at::kFloat));
+  float* sums = out.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      int32_t sum = 0;
+      const uint8_t* row = in + r * width;
+      for (int64_t c = 0; c < width; ++c) sum += row[c];
+      sums[r] = static_cast<float>(sum - zero * width);
+    }
+  });
+  return out;
+}
+
+// Group normalisation of concat(x, skip) + shift, SiLU if asked, then integers of each part on its grid (or floats).
+
+// Sums over pixels [begin, end) of x - x[0] and of its square, per channel.
+template <Terms kTerms>
+void channel_sums(const Part& part, int64_t begin, int64_t end, float* sum, float* square) {
+  vectors(part.width, [&](int64_t c, int64_t lanes) {
+    const Vector pivot = part.value<kTerms>(0, c, lanes);
+    Vector s{}, q{};
+    for (int64_t p = begin; p < end; ++p) {
+      const Vector d = part.value<kTerms>(p, c, lanes) - pivot;
+      s += d;
+      q += d * d;
+    }
+    store(sum + c, s, lanes);
+    store(square + c, q, lanes);
+  });
+}
+
+template <Terms kTerms, bool kSilu, class Out, class Convert>
 void apply_rows(const Part& part, int64_t begin, int64_t end, const float* a, const float* b, Out* out, Convert convert) {
   for (int64_t p = begin; p < end; ++p)
-    vectors(part.width, [&](int64_t c, int64_t count) {
-      const Vector y = part.value<kOther>(p * part.width + c, count) * load(a + c, count) + load(b + c, count);
-      store(out + p * part.width + c, convert(kSilu ? silu(y) : y), count);
+    vectors(part.width, [&](int64_t c, int64_t lanes) {
+      const Vector y = part.value<kTerms>(p, c, lanes) * load(a + c, lanes) + load(b + c, lanes);
+      store(out + p * part.width + c, convert(kSilu ? silu(y) : y), lanes);
     });
 }
 
@@ -195,8 +261,9 @@ struct GroupNorm {
   void stats(int64_t b, int64_t begin, int64_t end, float* totals) const {
     for (int i = 0; i < count; ++i) {
       const Part part = sample(i, b);
-      const auto sums = part.other == nullptr ? channel_sums<false> : channel_sums<true>;
-      sums(part, begin, end, totals + part.offset, totals + channels + part.offset);
+      with_terms(part.terms(), [&](auto terms) {
+        channel_sums<terms.value>(part, begin, end, totals + part.offset, totals + channels + part.offset);
+      });
     }
   }
 
@@ -223,7 +290,9 @@ struct GroupNorm {
 
   double pivot(int64_t b, int64_t c) const {
     const Part part = sample(c < parts[0].width ? 0 : 1, b);
-    return part.data[c - part.offset] + (part.other == nullptr ? 0.0f : part.other[c - part.offset]);
+    float x = 0.0f;
+    with_terms(part.terms(), [&](auto terms) { x = part.value<terms.value>(0, c - part.offset, 1)[0]; });
+    return x;
   }
 
   double added(int64_t b, int64_t c) const { return shift == nullptr ? 0.0 : shift[b * channels + c]; }
@@ -236,9 +305,10 @@ void run_group_norm(const GroupNorm& norm, bool activate, Out** out, const Conve
     for (int i = 0; i < norm.count; ++i) {
       const Part part = norm.sample(i, b);
       Out* target = out[i] + b * norm.pixels * part.width;
-      const auto rows = part.other == nullptr ? (activate ? apply_rows<false, true, Out, Convert> : apply_rows<false, false, Out, Convert>)
-                                              : (activate ? apply_rows<true, true, Out, Convert> : apply_rows<true, false, Out, Convert>);
-      rows(part, begin, end, a + part.offset, offset + part.offset, target, converts[i]);
+      with_terms(part.terms(), [&](auto terms) {
+        const auto rows = activate ? apply_rows<terms.value, true, Out, Convert> : apply_rows<terms.value, false, Out, Convert>;
+        rows(part, begin, end, a + part.offset, offset + part.offset, target, converts[i]);
+      });
     }
   };
   constexpr int64_t kRows = 64;  // float sums stay short; longer ones are added up in double
@@ -282,7 +352,9 @@ void run_group_norm(const GroupNorm& norm, bool activate, Out** out, const Conve
 }
 
 // grids: [s, z, levels] of each part, or empty for float outputs.
-std::vector<Tensor> group_norm(const Tensor& x, const std::optional<Tensor>& other, const std::optional<Tensor>& skip,
+// other, sums and columns are further terms of x.
+std::vector<Tensor> group_norm(const Tensor& x, const std::optional<Tensor>& other, const std::optional<Tensor>& sums,
+                               const std::optional<Tensor>& columns, const std::optional<Tensor>& skip,
                                const std::optional<Tensor>& shift, const Tensor& gamma, const Tensor& beta, int64_t groups, double eps, bool activate,
                                at::ArrayRef<double> grids) {
   TORCH_CHECK(x.dim() == 3, "group_norm: x must be [B, P, C]");
@@ -293,8 +365,12 @@ std::vector<Tensor> group_norm(const Tensor& x, const std::optional<Tensor>& oth
   TORCH_CHECK(!other || other->sizes() == x.sizes(), "group_norm: x and other differ");
   TORCH_CHECK(!shift || shift->numel() == x.size(0) * channels, "group_norm: shift must be [B, C]");
   TORCH_CHECK(grids.empty() || grids.size() == (skip ? 6u : 3u), "group_norm: one grid per part");
-  GroupNorm norm{{{floats(x), other ? floats(*other) : nullptr, x.size(2), 0},
-                  {skip ? floats(*skip) : nullptr, nullptr, rest, x.size(2)}},
+  TORCH_CHECK(!sums || (columns && sums->size(0) == x.size(0) * x.size(1) && sums->size(1) <= 2 &&
+                        columns->size(0) == sums->size(1) && columns->size(1) == x.size(2)), "group_norm: sums and columns do not fit");
+  const int64_t outer = sums ? sums->size(1) : 0;
+  GroupNorm norm{{{floats(x), x.size(2), 0, other ? floats(*other) : nullptr, sums ? floats(*sums) : nullptr,
+                   columns ? floats(*columns) : nullptr, outer},
+                  {skip ? floats(*skip) : nullptr, rest, x.size(2)}},
                  skip ? 2 : 1, x.size(0), x.size(1), channels, groups,
                  floats(gamma), floats(beta), shift ? floats(*shift) : nullptr, eps};
   std::vector<Tensor> outputs;
@@ -523,8 +599,10 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
 
 TORCH_LIBRARY(cachequant, m) {
   m.def("quantize(Tensor x, float[] grid) -> Tensor");
-  m.def("group_norm(Tensor x, Tensor? other, Tensor? skip, Tensor? shift, Tensor gamma, Tensor beta, int groups, float eps, bool activate, "
-        "float[] grids) -> Tensor[]");
+  m.def("group_norm(Tensor x, Tensor? other, Tensor? sums, Tensor? columns, Tensor? skip, Tensor? shift, Tensor gamma, "
+        "Tensor beta, int groups, float eps, bool activate, float[] grids) -> Tensor[]");
+  m.def("add_terms(Tensor(a!) x, Tensor? other, Tensor sums, Tensor columns) -> ()");
+  m.def("row_sums(Tensor q, int zero) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor gamma, Tensor beta, float eps, float[] grids) -> Tensor[]");
   m.def("geglu(Tensor x, float[] grid) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, int heads, float scale, float[] grid) -> Tensor");
@@ -533,6 +611,8 @@ TORCH_LIBRARY(cachequant, m) {
 TORCH_LIBRARY_IMPL(cachequant, CPU, m) {
   m.impl("quantize", quantize);
   m.impl("group_norm", group_norm);
+  m.impl("add_terms", add_terms);
+  m.impl("row_sums", row_sums);
   m.impl("layer_norm", layer_norm);
   m.impl("geglu", geglu);
   m.impl("attention", attention);

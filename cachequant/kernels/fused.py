@@ -34,6 +34,38 @@ class Grid:
         return [self.scale, float(self.zero_point), float(self.levels)]
 
 
+@dataclass(frozen=True)
+class Sum:
+    """An output [R, C] whose terms are not added yet: dense₀ + dense₁ + sums·columns; whatever reads it adds them.
+
+    Attributes:
+        dense: one or two float32 [R, C], owned by this sum.
+        sums: [R, k], k at most 2, or None.
+        columns: [k, C] beside `sums`.
+    """
+
+    dense: tuple[Tensor, ...]
+    sums: Tensor | None = None
+    columns: Tensor | None = None
+
+    def settle(self) -> Tensor:
+        """The output [R, C]; the memory of `dense` may be taken for it."""
+        first, other = self.dense[0], self.dense[1] if len(self.dense) > 1 else None
+        if self.sums is None or self.columns is None:
+            return first if other is None else first.add_(other)
+        if native(first):
+            torch.ops.cachequant.add_terms(first, other, self.sums, self.columns)
+            return first
+        return (first if other is None else first.add_(other)).addmm_(self.sums, self.columns)
+
+
+def row_sums(q: Tensor, zero_point: int) -> Tensor:
+    """Σ (q - z) over each row of integers [R, C]: float32 [R]."""
+    if native(q):
+        return torch.ops.cachequant.row_sums(q, zero_point)
+    return q.sum(1, dtype=torch.int32).sub_(zero_point * q.shape[1]).float()
+
+
 def native(x: Tensor) -> bool:
     """Whether the C++ operators take this tensor."""
     return x.device.type == "cpu" and load_native() is None
@@ -52,7 +84,7 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def group_norm(
-    parts: tuple[Tensor, ...],
+    parts: tuple[Tensor | Sum, ...],
     weight: Tensor,
     bias: Tensor,
     groups: int,
@@ -60,39 +92,42 @@ def group_norm(
     activate: bool,
     grids: tuple[Grid, ...],
     shift: Tensor | None = None,
-    other: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Group normalisation of the concatenated parts (+ other, + shift), SiLU if asked, and each part on its own grid.
+    """Group normalisation of the concatenated parts (+ shift), SiLU if asked, and each part on its own grid.
 
-    Neither the concatenation nor the sum is written to memory; groups may straddle the border of the parts.
+    Neither the concatenation nor the sums are written to memory; groups may straddle the border of the parts.
 
     Args:
-        parts: one or two tensors [B, P, C_i].
+        parts: one or two tensors [B, P, C_i]; a single one may be a sum whose terms have B·P rows and this shape.
         weight, bias: [C], C the sum of the widths.
         groups: of the normalisation.
         eps: of the normalisation.
         activate: SiLU behind the normalisation.
         grids: one per part, or () for float32 outputs.
         shift: [B, C] added before the normalisation (the time embedding).
-        other: added to the first part, of its shape (the product of the other half behind a concat).
 
     Returns:
         One tensor [B, P, C_i] per part.
     """
-    if native(parts[0]):
-        skip = parts[1] if len(parts) > 1 else None
+    given = parts[0]
+    terms = given if isinstance(given, Sum) else Sum((given,))
+    first, other = terms.dense[0], terms.dense[1] if len(terms.dense) > 1 else None
+    skip = parts[1] if len(parts) > 1 else None
+    assert skip is None or isinstance(skip, Tensor)
+    if native(first):
         flat = [value for grid in grids for value in grid.flat]
-        return tuple(
-            torch.ops.cachequant.group_norm(parts[0], other, skip, shift, weight, bias, groups, eps, activate, flat)
-        )
-    if other is not None:
-        parts = (parts[0] + other, *parts[1:])
-    x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # [B, P, C]
+        inputs = (first, other, terms.sums, terms.columns, skip, shift)
+        return tuple(torch.ops.cachequant.group_norm(*inputs, weight, bias, groups, eps, activate, flat))
+    x = first if other is None else first + other
+    if terms.sums is not None and terms.columns is not None:
+        x = x + (terms.sums @ terms.columns).view(x.shape)
+    widths = [x.shape[2]] if skip is None else [x.shape[2], skip.shape[2]]
+    x = x if skip is None else torch.cat([x, skip], dim=2)  # [B, P, C]
     if shift is not None:
         x = x + shift[:, None]
     y = F.group_norm(x.transpose(1, 2), groups, weight, bias, eps).transpose(1, 2)
     y = F.silu(y) if activate else y
-    halves = y.split([p.shape[2] for p in parts], dim=2)
+    halves = y.split(widths, dim=2)
     return tuple(h.contiguous() if not grids else quantize(h.contiguous(), grids[i]) for i, h in enumerate(halves))
 
 

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from cachequant.errors import UserError
 from cachequant.types import AffineMap
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that multiplies the cached feature.
+
+    Attributes:
+        name: the layer in the network.
+        width: its input channels that come from the cached feature.
+        channels: all its input channels.
+        straddling_groups: normalisation groups before it that mix cached with fresh channels, so that what it reads of the
+            cached feature also depends on the fresh half. Its correction is fitted on this joint input.
+    """
+
+    name: str
+    width: int
+    channels: int
+    straddling_groups: int = 0
 
 
 class Adapter(Protocol):
@@ -16,9 +37,11 @@ class Adapter(Protocol):
     denoiser: nn.Module
     width: int
     """Channels of the cached feature."""
+    channel_dim: int
+    """Where the cached feature has them: 1 for [B, width, h, w], 2 for [B, tokens, width]."""
 
     def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Run the whole network: (output [B, C, H, W], cached feature [B, width, h, w])."""
+        """Run the whole network: (output [B, C, H, W], cached feature with `width` channels at `channel_dim`)."""
         ...
 
     def cached(
@@ -57,8 +80,12 @@ class Adapter(Protocol):
         """Layers behind a decoder concat: name -> channels of the first (h) segment."""
         ...
 
-    def consumers(self) -> tuple[str, ...]:
-        """Names of the layers that multiply the cached half first (the layers DEC corrects)."""
+    def consumers(self) -> tuple[Consumer, ...]:
+        """The layers that multiply the cached feature first (the layers DEC corrects)."""
+        ...
+
+    def guided(self, kwargs: dict[str, Any]) -> bool | None:
+        """Whether a call's conditioning holds classifier-free guidance; None where it cannot be seen."""
         ...
 
 
@@ -80,22 +107,39 @@ def denoiser_of(pipe: Any) -> nn.Module:
     )
 
 
-def adapter(pipe: Any, branch: int = 0) -> Adapter:
+def device_of(denoiser: nn.Module) -> torch.device:
+    """Where a denoiser's parameters are; those that a plan keeps instead of the network are nowhere and do not count."""
+    return next((p.device for p in denoiser.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def adapter(pipe: Any, branch: int | None = None, span: Sequence[int] | None = None) -> Adapter:
     """The adapter of a pipeline's denoiser (or of a denoiser).
 
     Args:
-        pipe: a diffusers pipeline with `.unet`, or the network itself.
-        branch: decoder positions behind the cache site (DeepCache's branch id), 0 keeps only the last.
+        pipe: a diffusers pipeline with `.unet` or `.transformer`, or the network itself.
+        branch: of a U-Net: decoder positions behind the cache site (DeepCache's branch id), 0 keeps only the last. None
+            takes the one that the pipeline names as its own (`cache_branch`), else 0.
+        span: of a transformer: first and last cached block, 0-based; None is the middle half.
 
     Raises:
-        UserError: unsupported network, or a branch that it does not have.
+        UserError: unsupported network, a cut that it does not have, or the other kind's setting.
     """
+    from cachequant.models.dit import DiTAdapter
     from cachequant.models.unet import UNetAdapter
 
     denoiser = denoiser_of(pipe)
+    kind, ancestry = type(denoiser).__name__, {c.__name__ for c in type(denoiser).__mro__}
     if hasattr(denoiser, "up_blocks") and hasattr(denoiser, "conv_in"):
-        return UNetAdapter(denoiser, branch)
+        if span is not None:
+            raise UserError(
+                f"cache.span is {list(span)} for a {kind}, which has no block list: set cache.branch instead"
+            )
+        return UNetAdapter(denoiser, getattr(pipe, "cache_branch", 0) if branch is None else branch)
+    if "DiTTransformer2DModel" in ancestry:
+        if branch:
+            raise UserError(f"cache.branch is {branch} for a {kind}, which has no decoder: set cache.span instead")
+        return DiTAdapter(denoiser, span)
     raise UserError(
-        f"{type(denoiser).__name__} is not supported, expected UNet2DModel or UNet2DConditionModel: "
+        f"{kind} is not supported, expected UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel: "
         "add an adapter in cachequant/models/"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,45 +12,85 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachequant.config import SamplerConfig, repository_folder
+from cachequant.config import FAMILIES, ModelConfig, SamplerConfig, repository_folder
 from cachequant.errors import UserError
 from cachequant.models.adapter import denoiser_of
+from cachequant.models.families import with_family_sampler
+from cachequant.models.hub import hub_folder, quiet
 from cachequant.plan import ModelIdentity
 from cachequant.storage import content_hash
 
 
-def load_pipeline(folder_or_id: str | Path, device: str = "auto") -> Any:
-    """A diffusers pipeline in float32, from a local folder (relative ones also from the repository) or a hub id.
+def load_pipeline(source: str | Path | ModelConfig, device: str = "auto", **parts: Any) -> Any:
+    """A diffusers pipeline in float32.
+
+    Args:
+        source: a local diffusers folder (relative ones also from the repository), a hub id, or the `model` section of a
+            configuration, which may also name an original checkpoint.
+        device: auto, cpu, cuda or cuda:N.
+        parts: components of a folder (such as unet=...) that are taken as they are and where they are.
 
     Raises:
         UserError: it is not there, cannot be read, or the device does not exist.
     """
-    import diffusers
-
     target = torch_device(device)
-    show_bars = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
-    path = Path(folder_or_id)
-    local = next((p for p in (path, repository_folder() / path) if p.is_dir()), None)
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(local or folder_or_id),
-            dtype=torch.float32,
-            local_files_only=local is not None,
-            low_cpu_mem_usage=False,
-        )
-    except Exception as error:  # diffusers raises many kinds; each means that the model cannot be had
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"no pipeline {folder_or_id}: expected a diffusers folder with model_index.json or a hub id that can be "
-            f"reached; download it first ({reason})"
-        ) from None
-    finally:
-        if show_bars:
-            diffusers.utils.logging.enable_progress_bar()
+    model = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
+    if not model.path:
+        raise UserError("model.path is empty, expected a diffusers folder, a hub id or an original checkpoint: set it")
+    places = _places(model.path)
+    file = next((p for p in places if p.is_file()), None)
+    with quiet():
+        if file is not None:
+            if parts:
+                raise UserError(f"model.path is the file {file}, expected a diffusers folder to take the other parts from")
+            pipe = _from_checkpoint(file, model)
+        else:
+            folder = next((p for p in places if p.is_dir()), None) or hub_folder(model.path, "pipeline")
+            pipe = _from_folder(folder, parts)
+            if model.family:
+                pipe = with_family_sampler(pipe, model.family)
+    if parts:
+        return pipe
     if target.type == "cpu":
         denoiser_of(pipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
     return pipe.to(target)
+
+
+def _from_checkpoint(file: Path, model: ModelConfig) -> Any:
+    """An original checkpoint, converted in memory."""
+    from cachequant.models.original.convert import convert
+
+    if not model.family:
+        raise UserError(f"model.path is the file {file}, expected its model.family: one of {', '.join(FAMILIES)}")
+    config = next((p for p in _places(model.original_config) if p.is_file()), Path(model.original_config or ""))
+    return convert(file, model.family, config if model.original_config else None, model.weights).pipe
+
+
+def _places(name: str | None) -> tuple[Path, ...]:
+    """Where a relative path may lie: here, or in the repository."""
+    return (Path(name), repository_folder() / name) if name else ()
+
+
+def _from_folder(folder: Path, parts: dict[str, Any]) -> Any:
+    """A folder with model_index.json; its class may be ours. Parts that it was saved without stay None."""
+    import diffusers
+
+    from cachequant.models import pipelines
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(folder)
+        name = str(index["_class_name"])
+        absent: dict[str, Any] = {part: None for part, value in index.items() if value == [None, None]}
+        if name == "StableDiffusionPipeline":
+            absent |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return getattr(pipelines, name, diffusers.DiffusionPipeline).from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False, **absent, **parts
+        )
+    except Exception as error:  # diffusers raises many kinds; each means that the folder holds no usable pipeline
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"no pipeline in {folder}, expected a diffusers folder with model_index.json and all its parts ({reason})"
+        ) from None
 
 
 def torch_device(name: str) -> torch.device:
@@ -77,7 +118,8 @@ def identify(pipe: Any, guidance_scale: float | None) -> ModelIdentity:
     scheduler = f"{type(pipe.scheduler).__name__}-{content_hash(settings)[:12]}"
     guided = guidance_scale is not None and guidance_scale > 1
     structure = {k: str(v) for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
-    weights = content_hash([weights_hash(denoiser), structure])
+    origin = vars(denoiser).get("_cachequant_origin")  # built from a plan: its quantised weights are not there to hash
+    weights = origin or content_hash([weights_hash(denoiser), structure])
     return ModelIdentity(type(denoiser).__name__, weights, scheduler, "cfg" if guided else "none")
 
 
@@ -125,30 +167,46 @@ class Generator:
         if "prompt" in accepted:
             if not self.prompts:
                 raise UserError("this pipeline needs text: set sampler.prompts to a file with one prompt per line")
+            if getattr(self.pipe, "tokenizer", True) is None:
+                raise UserError("this pipeline was saved without its tokenizer: convert it again with --tokenizer")
             wanted["prompt"] = [self.prompts[seed % len(self.prompts)] for seed in seeds]
         elif "class_labels" in accepted:
-            labels = self.sampler.labels or [0]
-            wanted["class_labels"] = [labels[seed % len(labels)] for seed in seeds]
+            wanted["class_labels"] = class_labels(self.sampler.labels, class_count(self.pipe), seeds)
         else:
             wanted["batch_size"] = len(seeds)
         return {key: value for key, value in wanted.items() if key in accepted}
 
 
-def read_prompts(path: str | None) -> tuple[str, ...]:
-    """Non-empty lines of a prompt file; () for None.
+def class_count(pipe: Any) -> int | None:
+    """Number of classes that a class-conditional pipeline knows, without the one that stands for none; None if unknown."""
+    denoiser = denoiser_of(pipe)
+    for owner, key in (
+        (getattr(pipe, "class_embedder", None), "num_classes"),
+        (denoiser, "num_embeds_ada_norm"),
+        (denoiser, "num_class_embeds"),
+    ):
+        count = getattr(getattr(owner, "config", None), key, None)
+        if count is not None:
+            return int(count)
+    return None
+
+
+def class_labels(labels: list[int] | None, classes: int | None, seeds: list[int]) -> list[int]:
+    """A class id for each seed: cycled from a list, else spread over all classes.
+
+    Spread means seed·m mod `classes`, m prime to it and near its golden section: few consecutive seeds lie far apart,
+    `classes` consecutive ones are each class once (ImageNet's neighbouring ids are similar animals).
 
     Raises:
-        UserError: missing or empty file.
+        UserError: an id that the model lacks, or neither a list nor a number of classes.
     """
-    if path is None:
-        return ()
-    found = next((p for p in (Path(path), repository_folder() / path) if p.is_file()), None)
-    if found is None:
-        raise UserError(f"no prompt file {path}: expected a text file with one prompt per line")
-    try:
-        lines = tuple(line.strip() for line in found.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}): save it as such") from None
-    if not lines:
-        raise UserError(f"prompt file {path} is empty: expected one prompt per line")
-    return lines
+    if labels:
+        wrong = [label for label in labels if label < 0 or (classes is not None and label >= classes)]
+        if wrong:
+            limit = "at least 0" if classes is None else f"0 to {classes - 1}"
+            raise UserError(f"sampler.labels holds class id {wrong[0]}, expected {limit} for this model: correct it")
+        return [labels[seed % len(labels)] for seed in seeds]
+    if classes is None:
+        raise UserError("this pipeline needs class ids: set sampler.labels to a list of them")
+    stride = next(m for m in range(max(1, round(0.618 * classes)), 2 * classes + 1) if math.gcd(m, classes) == 1)
+    return [seed * stride % classes for seed in seeds]

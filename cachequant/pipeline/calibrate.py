@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.errors import UserError
 from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.hook import Call, StepFunction
+from cachequant.pipeline.inputs import KeptInputs, StepInput
 from cachequant.pipeline.spread import Spread, denoised_factors
 from cachequant.pipeline.step import accelerated_step
 from cachequant.schedule import DistanceBand, dps_schedule, num_groups, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """Inputs of one evaluation, kept for stage 4.
-
-    Attributes:
-        x: [n, C, H, W] rows of x_t.
-        timestep: training timestep.
-        kwargs: conditioning of the same rows.
-    """
-
-    x: Tensor
-    timestep: Tensor
-    kwargs: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,8 +29,8 @@ class Calibration:
         band: [T, L] distances of `DistanceBand`.
         cost: how they were measured.
         weights: [T] weight of a squared feature error at each step under the "sampler" cost, else ones.
-        spread: [T, C] deviation of the denoised predictions.
-        inputs: one entry per step, rows evenly spaced over the calibration batch.
+        spread: [T, C] deviation of the denoised predictions of `Context.paired_seeds`.
+        inputs: one entry per step, rows evenly spaced over all samples.
         measured: seconds of the trajectories and of DPS, peak bytes of the ring.
     """
 
@@ -58,34 +44,41 @@ class Calibration:
 
 def gather(context: Context) -> Calibration:
     """Sample in full precision and stream features into the band; T feature maps are never held at once."""
-    config = context.config
+    config, settings = context.config, context.config.calibration
     cost = "l1" if config.schedule.cost == "l1" else "l2"
-    band = DistanceBand(context.num_steps, config.cache.interval, cost)
+    bands: dict[Hashable, DistanceBand] = {}
     cache = FeatureCache(uniform_schedule(context.num_steps, 1))
     gains = SamplerGains(context) if config.schedule.cost == "sampler" else None
-    inputs: list[list[StepInput]] = [[] for _ in context.timesteps]
-    spread = Spread(denoised_factors(context))
-    rows = max(config.calibration.refresh_inputs, config.calibration.cached_inputs)
-    clock = _Stopwatch(context)
+    rows = max(settings.refresh_inputs, settings.cached_inputs)
+    inputs = KeptInputs(context.num_steps, settings.samples, min(settings.batch_size, settings.samples), rows)
+    spread, paired_batches = Spread(denoised_factors(context)), len(context.paired_seeds) / settings.batch_size
+    clock, begun = _Stopwatch(context), 0  # batches so far
+    measured_batches = -(-(settings.dps_samples or settings.samples) // settings.batch_size)
 
     def step(call: Call) -> Tensor:
-        """Full precision; its feature goes into the band, its input is kept."""
-        inputs[cache.step].append(keep_rows(call, rows))
+        """Full precision; its feature goes into its context's band, its input is kept."""
+        nonlocal begun
+        begun += call.opens and cache.step == 0
+        inputs.take(cache.step, call)
         with clock.part("trajectories"):
             output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
-        spread.update(cache.step, call.x, output)
+        if begun <= paired_batches:
+            spread.update(cache.step, call.x, output)
+        if begun > measured_batches:
+            return output
         with clock.part("dps"):
+            band = bands.setdefault(call.context, DistanceBand(context.num_steps, config.cache.interval, cost))
             band.update(feature if gains is None else feature[::2])  # an estimate anyway: half the rows will do
-            if gains is not None:
+            if gains is not None and call.opens:
                 gains.update(cache.step, call, output, feature)
         return output
 
-    for _ in context.run(step, cache, context.seeds(), "1 calibrate"):
-        pass
+    context.trajectories(step, cache, context.seeds(), "1 calibrate")
     weights = torch.ones(context.num_steps, dtype=torch.float64) if gains is None else gains.weights()
     measured = {f"{name}_seconds": value for name, value in clock.seconds.items()}
-    measured["ring_bytes"] = float(band.peak_bytes)
-    return Calibration(band.values, cost, weights, spread.deviation, tuple(_join(i, rows) for i in inputs), measured)
+    measured["ring_bytes"] = float(sum(band.peak_bytes for band in bands.values()))
+    distances = sum((band.values for band in bands.values()), torch.zeros(()))
+    return Calibration(distances, cost, weights, spread.deviation, inputs.joined(), measured)
 
 
 class SamplerGains:
@@ -111,9 +104,9 @@ class SamplerGains:
         if step % self.stride > 1:
             return
         rows = slice(None, None, self.share)
-        kwargs = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(call.x) else v for k, v in call.kwargs.items()}
         if step % self.stride == 1 and self._previous is not None:
-            reused = self.context.adapter.cached(call.x[rows], call.timestep, None, self._previous, None, **kwargs)
+            part = call.rows(rows)
+            reused = self.context.adapter.cached(part.x, part.timestep, None, self._previous, None, **part.kwargs)
             change = (feature[rows] - self._previous).double().square().sum()
             self._gain[step] += float((reused - output[rows]).double().square().sum() / change.clamp(min=1e-30))
             self._passes[step] += 1
@@ -163,12 +156,12 @@ def choose_schedule(context: Context, calibration: Calibration) -> Schedule:
 
 
 class HeldOut:
-    """Error of a schedule on noise that its fit has not seen, with a quarter of the calibration's samples."""
+    """Error of a schedule on noise that its fit has not seen, with a quarter of the samples that stage 2 has."""
 
     def __init__(self, context: Context, share: int = 4) -> None:
         calibration = context.config.calibration
-        count = max(2, calibration.samples // share)
-        small = replace(context.config, calibration=replace(calibration, samples=count, batch_size=count))
+        count = max(2, len(context.fresh_seeds) // share)
+        small = replace(context.config, calibration=replace(calibration, dec_samples=count))
         self.context, self.seeds = replace(context, config=small), context.seeds(HELD_OUT, count)
         self.exact = self._images(_full_step(self.context), uniform_schedule(context.num_steps, 1))
 
@@ -177,7 +170,7 @@ class HeldOut:
         context, settings = self.context, self.context.config.correction
         fits = settings.cache
         maps = solve_maps(gather_moments(context, schedule), settings.ridge, settings.inflation) if fits else {}
-        cache = FeatureCache(schedule, keep=2)
+        cache = FeatureCache(schedule, 2, context.adapter.channel_dim)
         made = self._images(accelerated_step(context.adapter, cache, Correction(maps)), schedule, cache)
         return float((made - self.exact).square().mean())
 
@@ -189,34 +182,6 @@ class HeldOut:
 def _full_step(context: Context) -> StepFunction:
     """Every evaluation in full."""
     return lambda call: context.adapter.full(call.x, call.timestep, **call.kwargs)[0]
-
-
-def keep_rows(call: Call, count: int) -> StepInput:
-    """Evenly spaced rows of one call (they span both guidance halves).
-
-    Raises:
-        UserError: nested conditioning (SDXL's added_cond_kwargs), which cannot be cut into rows yet.
-    """
-    total = len(call.x)
-    nested = [name for name, value in call.kwargs.items() if isinstance(value, dict | list | tuple) and value]
-    if nested:
-        raise UserError(
-            f"this pipeline passes {nested[0]} as a {type(call.kwargs[nested[0]]).__name__}, expected plain tensors: "
-            "it is not supported yet"
-        )
-    rows = torch.linspace(0, total - 1, min(count, total)).round().long()
-    kwargs = {
-        k: v[rows.to(v.device)].cpu() for k, v in call.kwargs.items() if isinstance(v, Tensor) and len(v) == total
-    }
-    return StepInput(call.x[rows.to(call.x.device)].cpu(), torch.as_tensor(call.timestep).cpu(), kwargs)
-
-
-def _join(parts: list[StepInput], count: int) -> StepInput:
-    """Evenly spaced rows of all batches together, the same ones at every step."""
-    x = torch.cat([p.x for p in parts])
-    rows = torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()
-    kwargs = {k: torch.cat([p.kwargs[k] for p in parts])[rows] for k in parts[0].kwargs}
-    return StepInput(x[rows], parts[0].timestep, kwargs)
 
 
 class _Stopwatch:

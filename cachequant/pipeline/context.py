@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter, adapter
-from cachequant.models.loading import Generator, identify, read_prompts
-from cachequant.pipeline.hook import DenoiserHook, StepFunction, refuse_taken
+from cachequant.models.loading import Generator, identify
+from cachequant.models.prompts import read_prompts, refuse_shared_prompts
+from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
 from cachequant.plan import ModelIdentity
 
 FRESH, HELD_OUT = 1_000_000, 2_000_000
@@ -46,7 +48,7 @@ class Context:
         Raises:
             UserError: unsupported model, impossible branch, more steps than the scheduler has, or a pipeline in use.
         """
-        structure = adapter(pipe, config.cache.branch)
+        structure = adapter(pipe, config.cache.branch, config.cache.span)
         refuse_taken(structure.denoiser)
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
@@ -66,15 +68,36 @@ class Context:
         """T, the evaluations of one run."""
         return len(self.timesteps)
 
-    @property
-    def generator(self) -> Generator:
-        """Calls the pipeline by seeds."""
-        return Generator(self.pipe, self.config.sampler, read_prompts(self.config.sampler.prompts))
+    def generator(self, sampling: bool = False) -> Generator:
+        """Calls the pipeline by seeds, on the calibration's prompts or, `sampling`, on the sampler's.
+
+        Raises:
+            UserError: a list that cannot be read, or one that shares prompts with the calibration's.
+        """
+        sampler, own = self.config.sampler, self.config.calibration.prompts
+        if own is None or sampling:
+            prompts = read_prompts(sampler.prompts)
+            refuse_shared_prompts(read_prompts(own), prompts)
+        else:
+            prompts = read_prompts(own)
+        return Generator(self.pipe, sampler, prompts)
 
     def seeds(self, offset: int = 0, count: int | None = None) -> list[int]:
         """Seeds of calibration trajectories; other offsets give other noise."""
         first = self.config.calibration.seed + offset
         return list(range(first, first + (count or self.config.calibration.samples)))
+
+    @property
+    def fresh_seeds(self) -> list[int]:
+        """Seeds of the trajectories of stage 2, and of stage 5 in full precision."""
+        return self.seeds(FRESH, self.config.calibration.dec_samples)
+
+    @property
+    def paired_seeds(self) -> list[int]:
+        """Seeds of stage 1, in whole batches, on which stage 5 free-runs: its noise has been seen in full precision."""
+        settings = self.config.calibration
+        batches = -(-(settings.dec_samples or settings.samples) // settings.batch_size)
+        return self.seeds()[: batches * settings.batch_size]
 
     def run(
         self,
@@ -83,30 +106,54 @@ class Context:
         seeds: list[int],
         label: str,
         batch_size: int | None = None,
+        sampling: bool = False,
     ) -> Iterator[Tensor]:
         """Drive the pipeline's own loop through `step`, batch by batch, with a progress bar: images [B, C, H, W].
 
         Args:
-            step: called for every evaluation.
+            step: called for every denoiser call.
             cache: step counter and features.
             seeds: one image each.
             label: text of the progress bar.
             batch_size: images at once, default calibration.batch_size.
+            sampling: for the images themselves, not for calibration: another list of prompts.
         """
+        yield from self._drive(step, cache, seeds, label, batch_size, self.generator(sampling), decode=True)
+
+    def trajectories(
+        self, step: StepFunction, cache: FeatureCache, seeds: list[int], label: str, batch_size: int | None = None
+    ) -> None:
+        """As `run`, for what `step` gathers on the way: the pipeline is left behind its last step, nothing is decoded."""
+        for _ in self._drive(step, cache, seeds, label, batch_size, self.generator(), decode=False):
+            pass
+
+    def _drive(
+        self,
+        step: StepFunction,
+        cache: FeatureCache,
+        seeds: list[int],
+        label: str,
+        batch_size: int | None,
+        generator: Generator,
+        decode: bool,
+    ) -> Iterator[Tensor]:
         size = batch_size or self.config.calibration.batch_size
         shown = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(disable=True)
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         with tqdm(total=len(batches) * self.num_steps, desc=label, unit="step", leave=False, disable=None) as bar:
 
-            def counted(call: Any) -> Tensor:
-                bar.update()
+            def counted(call: Call) -> Tensor:
+                bar.update(call.opens)
                 return step(call)
 
             try:
                 for batch in batches:
-                    with DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps):
-                        images = self.generator(batch)
-                    yield images
+                    hook = DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps, leave=not decode)
+                    images = None
+                    with hook, suppress(RunFinished):
+                        images = generator(batch)
+                    if images is not None:
+                        yield images
             finally:
                 self.pipe.set_progress_bar_config(**shown)

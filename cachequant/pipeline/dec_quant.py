@@ -11,13 +11,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.correction import Moments, solve_prediction
-from cachequant.pipeline.context import FRESH, Context
+from cachequant.correction import Moments
+from cachequant.pipeline.chunks import Chunks
+from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import regressors
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.spread import denoised_factors
-from cachequant.pipeline.step import correct_prediction
+from cachequant.pipeline.prediction import PredictionFit
 from cachequant.quant.convert import QuantizedNetwork, install
 from cachequant.quant.layers import Mode
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
@@ -37,7 +37,7 @@ def fit_quantised(
     if state is None and settings.output == "none":
         return correction
     adapter = context.adapter
-    cache = FeatureCache(schedule, keep=2 if settings.forecast else 1)
+    cache = FeatureCache(schedule, 2 if settings.forecast else 1, adapter.channel_dim)
     handle = install(adapter.denoiser, state or QuantState(), cache, correction=correction)
     adapter.rebuild()
     try:
@@ -54,7 +54,8 @@ def corrected_layers(context: Context, handle: QuantizedNetwork) -> tuple[str, .
     kind = context.config.correction.layers
     if kind == "all":
         return tuple(handle.layers)
-    return tuple(n for n in context.adapter.consumers() if n in handle.layers) if kind == "consumers" else ()
+    found = context.adapter.consumers() if kind == "consumers" else ()
+    return tuple(consumer.name for consumer in found if consumer.name in handle.layers)
 
 
 def gather_products(
@@ -78,8 +79,7 @@ def gather_products(
         adapter.cached(call.x, call.timestep, None, reused, **call.kwargs)
         return output
 
-    for _ in context.run(step, cache, context.seeds(FRESH), "5 dec quant"):
-        pass
+    context.trajectories(step, cache, context.fresh_seeds, "5 dec quant")
     return {name: dict(sorted(handle.layers[name].moments.items())) for name in names}
 
 
@@ -93,71 +93,50 @@ def _teacher_forced(
 
 def _free_running(context: Context, cache: FeatureCache, handle: QuantizedNetwork, spread: Tensor) -> Correction:
     """Sequential local fits along the accelerated model's own trajectory."""
-    adapter, settings, names = context.adapter, context.config.correction, corrected_layers(context, handle)
+    settings, names, seeds = context.config.correction, corrected_layers(context, handle), context.paired_seeds
+    network = Chunks(context.adapter) if settings.layers == "all" else Chunks.of(context, len(seeds))
     maps: dict[int, AffineMap] = {}
+    sums: dict[int, Moments] = {}
     predictions = PredictionFit(context, spread)
     for name in names:
         handle.layers[name].ridge = settings.ridge
 
     def step(call: Call) -> Tensor:
         """Full precision at the accelerated model's x_t is the target; the accelerated step, fitted to it, leads."""
+        for name in names:
+            handle.layers[name].start_fit(new_step=call.opens)
         handle.set_mode(Mode.FLOAT)
         handle.set_mode(Mode.RECORD, names)
-        exact, target = adapter.full(call.x, call.timestep, **call.kwargs)
+        exact, target = network.full(call)
+        if settings.cache and not cache.must_refresh:
+            pooled = sums.setdefault(cache.step, Moments())
+            pooled.update(regressors(cache, settings.forecast), target, context.adapter.channel_dim)
+            maps[cache.step] = pooled.solve(settings.ridge, settings.inflation).to(call.x.device, call.x.dtype)
         handle.set_mode(Mode.QUANTIZED)
         handle.set_mode(Mode.FIT, names)
-        if cache.must_refresh:
-            output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
+        output, feature = _accelerated(network, call, cache, maps)
+        if network.count > 1 and names:  # the first chunks ran on a fit that had not seen the last
+            handle.set_mode(Mode.QUANTIZED)
+            output, feature = _accelerated(network, call, cache, maps)
+        if feature is not None:
             cache.store(feature)
             if not handle.layers:  # nothing was rounded
                 return output
-            return predictions.fit(cache.step, call.x, output, exact, keep_spread=False)
-        if settings.cache:
-            sums = Moments()
-            sums.update(regressors(cache, settings.forecast), target)
-            fitted = sums.solve(settings.ridge, settings.inflation)
-            maps[cache.step] = fitted.to(call.x.device, call.x.dtype)
-        reused = cache.reuse(maps.get(cache.step))
-        output = adapter.cached(call.x, call.timestep, None, reused, **call.kwargs)
-        return predictions.fit(cache.step, call.x, output, exact, keep_spread=True)
+        return predictions.fit(cache.step, call.x, output, exact, keep_spread=feature is None)
 
-    seeds = context.seeds()
-    for _ in context.run(step, cache, seeds, "5 dec quant", len(seeds)):
-        pass
+    context.trajectories(step, cache, seeds, "5 dec quant", len(seeds))
     layers = {n: {s: m.to("cpu") for s, m in sorted(handle.layers[n].corrections.items())} for n in names}
     return Correction(_on_cpu(maps), layers, _on_cpu(predictions.maps))
 
 
-class PredictionFit:
-    """Fits the map of each step's prediction and uses it at once.
-
-    Args:
-        context: tells `correction.output`: none leaves every prediction as it is.
-        spread: [T, C] deviation of the denoised predictions on full-precision trajectories of the same noise.
-    """
-
-    def __init__(self, context: Context, spread: Tensor) -> None:
-        self._settings, self._spread = context.config.correction, spread
-        self._factors = denoised_factors(context).tolist() if self._settings.output == "spread" else []
-        self.maps: dict[int, AffineMap] = {}
-
-    def fit(self, step: int, x: Tensor, made: Tensor, exact: Tensor, keep_spread: bool) -> Tensor:
-        """The accelerated prediction `made` mapped towards `exact`, both [B, C, H, W] at the same x_t `x` [B, C', H, W].
-
-        `keep_spread` on cached steps: a refresh is the model itself, of which only the rounding is corrected.
-        """
-        if self._settings.output == "none":
-            return made
-        shared = min(made.shape[1], x.shape[1])
-        sums = Moments()
-        sums.update((made[:, :shared], x[:, :shared]), exact[:, :shared])
-        if keep_spread and self._settings.output == "spread":
-            solved = solve_prediction(sums, self._settings.ridge, tuple(self._factors[step]), self._spread[step])
-        else:
-            solved = solve_prediction(sums, self._settings.ridge)
-        self.maps[step] = solved.to(x.device, x.dtype)
-        return correct_prediction(made, x, self.maps[step])
-
-
 def _on_cpu(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
     return {step: affine.to("cpu") for step, affine in maps.items()}
+
+
+def _accelerated(
+    network: Chunks, call: Call, cache: FeatureCache, maps: dict[int, AffineMap]
+) -> tuple[Tensor, Tensor | None]:
+    """One step of the accelerated network: its output, and the feature of a refresh."""
+    if cache.must_refresh:
+        return network.full(call)
+    return network.cached(call, cache.reuse(maps.get(cache.step))), None

@@ -65,7 +65,7 @@ def run_demo(folder: Path, device: str = "auto", overrides: list[str] | None = N
     make_folder(folder)
     config_path = repository_folder() / "configs" / "fashion.yaml"
     base = load_config(config_path, overrides)
-    pipe = load_pipeline(base.model.path, device)
+    pipe = load_pipeline(base.model, device)
     network = load_feature_network().to(pipe.device)
     seeds = list(range(base.sample.seed, base.sample.seed + base.sample.count))
     outcomes: dict[str, Outcome] = {}

@@ -6,6 +6,8 @@ Two kinds of trajectory feed the same sums:
 * `free_running` (ours): x_t follows the accelerated model. At every cached step the full-precision model is evaluated at
   that x_t too, its feature is the target, and the fit is used before the sampler takes the step. The corrections so see
   the drift that they will meet, which the paper never measures.
+
+The pairs of all guidance contexts are pooled. Where they are two calls, the first one free-runs on the fit of its own pairs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments
-from cachequant.pipeline.context import FRESH, Context
+from cachequant.pipeline.chunks import Chunks
+from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
 from cachequant.types import Schedule
 
@@ -26,26 +29,25 @@ def regressors(cache: FeatureCache, forecast: bool) -> tuple[Tensor, ...]:
 
 def gather_moments(context: Context, schedule: Schedule) -> dict[int, Moments]:
     """Sums per cached step and channel from trajectories of fresh noise: step -> [C, F+2, F+2]."""
-    settings = context.config.correction
-    cache = FeatureCache(schedule, keep=2 if settings.forecast else 1)
+    settings, seeds, dim = context.config.correction, context.fresh_seeds, context.adapter.channel_dim
+    cache = FeatureCache(schedule, 2 if settings.forecast else 1, dim)
     moments: dict[int, Moments] = {}
     free = settings.trajectory == "free_running"
+    # free-running, the fit of a step must be complete before any sample takes it: one batch, evaluated in chunks
+    size, network = (len(seeds), Chunks.of(context, len(seeds))) if free else (None, Chunks(context.adapter))
 
     def step(call: Call) -> Tensor:
         """Add this step's pair; free-running, also take the step with the fit so far."""
-        output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
+        output, feature = network.full(call)
         if cache.must_refresh:
             cache.store(feature)
             return output
         sums = moments.setdefault(cache.step, Moments())
-        sums.update(regressors(cache, settings.forecast), feature)
+        sums.update(regressors(cache, settings.forecast), feature, dim)
         if not free:
             return output
         fitted = sums.solve(settings.ridge, settings.inflation).to(call.x.device, call.x.dtype)
-        return context.adapter.cached(call.x, call.timestep, None, cache.reuse(fitted), **call.kwargs)
+        return network.cached(call, cache.reuse(fitted))
 
-    seeds = context.seeds(FRESH)
-    size = len(seeds) if free else None  # the fit of a step must be complete before any sample takes it
-    for _ in context.run(step, cache, seeds, "2 features", size):
-        pass
+    context.trajectories(step, cache, seeds, "2 features", size)
     return moments

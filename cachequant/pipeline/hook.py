@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,20 +23,40 @@ from cachequant.models.adapter import Adapter
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation that the pipeline asked for.
+    """One denoiser call that the pipeline made.
 
     Attributes:
         x: the sample x_t [B, C, H, W] (both guidance halves where the pipeline doubles the batch).
-        timestep: training timestep.
+        timestep: training timestep, one number or one per row.
         kwargs: conditioning and everything else, by the names of the denoiser's forward.
+        context: whose call it is, where a pipeline makes several for one evaluation: a name, or its place among them.
+        opens: whether it is the first of its evaluation.
     """
 
     x: Tensor
     timestep: Any
     kwargs: dict[str, Any]
+    context: Hashable = 0
+    opens: bool = True
+
+    def rows(self, index: Tensor | slice) -> Call:
+        """Some rows of the batch, with their timesteps and conditioning; what is not per row stays as it is."""
+        kwargs = {name: self._cut(value, index) for name, value in self.kwargs.items()}
+        return replace(self, x=self._cut(self.x, index), timestep=self._cut(self.timestep, index), kwargs=kwargs)
+
+    def _cut(self, value: Any, index: Tensor | slice) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != len(self.x):
+            return value
+        return value[index.to(value.device) if isinstance(index, Tensor) else index]
 
 
 StepFunction = Callable[[Call], Tensor]
+SCHEDULER_CALLS = ("set_timesteps", "step")
+"""What is listened to on the scheduler."""
+
+
+class RunFinished(Exception):
+    """Leaves a pipeline behind its last scheduler step; whoever asked for that catches it."""
 
 
 def refuse_taken(denoiser: nn.Module) -> None:
@@ -57,7 +79,11 @@ class DenoiserHook:
     """Routes every denoiser call of a pipeline through `step`, and resets the cache at every pipeline call.
 
     The start of a pipeline call is `scheduler.set_timesteps`, which every diffusers pipeline calls once. Its first
-    evaluation is looked up once (an image-to-image run starts later than 0); from there the counter counts calls.
+    evaluation is looked up once (an image-to-image run starts later than 0); from there the counter counts evaluations.
+    An evaluation ends with `scheduler.step`: all calls before it belong to the same one, each with a context of its own
+    (condition and no condition, one after the other). A timestep that the scheduler visits twice, as PLMS does, has two
+    scheduler steps and is two evaluations. In a loop without it, another timestep begins another evaluation. Contexts are
+    told apart by the name that the pipeline gives them through diffusers' `cache_context`, else by their order.
 
     Args:
         pipe: the pipeline; changed only through instance attributes that `remove` deletes.
@@ -66,6 +92,7 @@ class DenoiserHook:
         step: takes the call, returns the denoiser's output [B, C, H, W].
         expected: timesteps that the run must have, or None to accept any.
         check: called at the first evaluation of each run; may refuse it.
+        leave: raise `RunFinished` behind the last scheduler step, so that nothing is decoded.
     """
 
     def __init__(
@@ -76,12 +103,18 @@ class DenoiserHook:
         step: StepFunction,
         expected: tuple[int, ...] | None = None,
         check: Callable[[Call], None] | None = None,
+        leave: bool = False,
     ) -> None:
         self.pipe, self.adapter, self.cache, self.step = pipe, adapter, cache, step
-        self.expected, self.check = expected, check
+        self.expected, self.check, self.leave = expected, check, leave
         self.scheduler = pipe.scheduler
         self._signature = inspect.signature(type(adapter.denoiser).forward)
-        self._fresh = self._begun = False
+        self._fresh = self._begun = self._refreshed = False
+        self._calls: Counter[Hashable] = Counter()  # of the current evaluation, by the name of their context
+        self._name: Hashable = None
+        self._timestep: Any = None  # of the current evaluation
+        self._ours: dict[str, Any] = {}  # what stands on the scheduler, and what stood there
+        self._theirs: dict[str, Any] = {}
 
     def install(self) -> DenoiserHook:
         """Take the pipeline's calls from now on.
@@ -89,33 +122,63 @@ class DenoiserHook:
         Raises:
             UserError: it is taken already.
         """
-        refuse_taken(self.adapter.denoiser)
+        denoiser, scheduler = self.adapter.denoiser, self.scheduler
+        refuse_taken(denoiser)
         self._begun = False
+        self._theirs = {name: vars(scheduler)[name] for name in SCHEDULER_CALLS if name in vars(scheduler)}
+        begin, move = scheduler.set_timesteps, scheduler.step
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        @functools.wraps(self.scheduler.set_timesteps)  # pipelines look at its signature
+        @functools.wraps(begin)  # pipelines look at its signature
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            result = type(self.scheduler).set_timesteps(self.scheduler, *args, **kwargs)
+            result = begin(*args, **kwargs)
             self._begin()
             return result
 
+        @functools.wraps(move)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = move(*args, **kwargs)
+            self._end_evaluation()
+            if self.leave and self.cache.step >= self.cache.schedule.num_steps:
+                raise RunFinished
+            return result
+
         forward.cachequant_hook = self  # type: ignore[attr-defined]
-        self.adapter.denoiser.forward = forward  # type: ignore[method-assign]
-        self.scheduler.set_timesteps = set_timesteps
+        denoiser.forward = forward  # type: ignore[method-assign]
+        self._ours = dict(zip(SCHEDULER_CALLS, (set_timesteps, step), strict=True))
+        vars(scheduler).update(self._ours)
+        if hasattr(type(denoiser), "cache_context"):
+            denoiser.cache_context = self._named_context  # type: ignore[assignment]
         return self
 
     def remove(self) -> None:
-        """Give the pipeline back as it was."""
-        vars(self.adapter.denoiser).pop("forward", None)
-        vars(self.scheduler).pop("set_timesteps", None)
+        """Give the pipeline back as it was; what somebody put over ours in the meantime stays."""
+        self._end_evaluation()
+        for name in ("forward", "cache_context"):
+            vars(self.adapter.denoiser).pop(name, None)
+        for name, ours in self._ours.items():
+            if vars(self.scheduler).get(name) is ours:
+                del vars(self.scheduler)[name]
+                vars(self.scheduler).update({name: self._theirs[name]} if name in self._theirs else {})
+        self._ours = {}
 
     def __enter__(self) -> DenoiserHook:
         return self.install()
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    @contextmanager
+    def _named_context(self, name: Hashable, **kwargs: Any) -> Iterator[None]:
+        """Calls inside belong to the context called `name`; the class's own manager is entered too."""
+        self._name = name
+        try:
+            with type(self.adapter.denoiser).cache_context(self.adapter.denoiser, name, **kwargs):  # type: ignore[attr-defined]
+                yield
+        finally:
+            self._name = None
 
     def _begin(self) -> None:
         """A pipeline call starts: nothing of the one before may leak into it."""
@@ -125,6 +188,7 @@ class DenoiserHook:
                 f"this run has {len(found)} evaluations from timestep {found[0]}, the plan expects {len(self.expected)} "
                 f"from {self.expected[0]}: use the plan's number of steps and scheduler, or calibrate for these"
             )
+        self._end_evaluation()
         self.cache.reset()
         self._fresh = self._begun = True
 
@@ -132,7 +196,20 @@ class DenoiserHook:
         bound = self._signature.bind(self.adapter.denoiser, *args, **kwargs).arguments
         names = list(self._signature.parameters)[1:3]
         extra = {k: v for k, v in bound.items() if k not in ("self", "return_dict", "kwargs", *names)}
-        call = Call(bound[names[0]], bound[names[1]], {**extra, **bound.get("kwargs", {})})
+        timestep = bound[names[1]]
+        if self._calls.total() and not self._same_entry(timestep):
+            self._end_evaluation()
+        context, conditioning = (self._name, self._calls[self._name]), {**extra, **bound.get("kwargs", {})}
+        call = Call(bound[names[0]], timestep, conditioning, context, opens=not self._calls.total())
+        if call.opens:
+            self._open_evaluation(call)
+        self._calls[self._name] += 1
+        self.cache.context = call.context
+        output = self.step(call)
+        return self.adapter.pack(output, bound.get("return_dict", True))
+
+    def _open_evaluation(self, call: Call) -> None:
+        """The first call of an evaluation: is it one of a run that was begun, and the first of that run?"""
         ended = self.cache.step >= self.cache.schedule.num_steps
         if not self._begun or self.pipe.scheduler is not self.scheduler or (ended and not self._fresh):
             raise UserError(
@@ -141,18 +218,43 @@ class DenoiserHook:
             )
         if self._fresh:
             self._first_call(call)
-        refreshed = self.cache.must_refresh
-        output = self.step(call)
-        self.cache.advance(refreshed)
-        if self.cache.step >= self.cache.schedule.num_steps:
-            self.cache.features.clear()  # the run is over: nothing to hold memory for
-        return self.adapter.pack(output, bound.get("return_dict", True))
+        self._timestep = call.timestep
+        self.cache.context = call.context
+        self._refreshed = self.cache.must_refresh
 
     def _first_call(self, call: Call) -> None:
         """Find where in the sampler this run starts, once, and let `check` refuse it."""
-        first = torch.as_tensor(call.timestep).flatten()[0].to(self.scheduler.timesteps.device)
+        first = _first(call.timestep).to(self.scheduler.timesteps.device)
         position = (self.scheduler.timesteps == first).nonzero()
         if self.check is not None:
             self.check(call)
         self.cache.reset(int(position[0]) if len(position) else 0)
         self._fresh = False
+
+    def _same_entry(self, timestep: Any) -> bool:
+        """Whether a timestep is the current evaluation's: the same entry of the scheduler's table, or an equal value."""
+        known, table = self._timestep, self.scheduler.timesteps
+        if known is timestep:
+            return True
+        if _shares_memory(known, table) and _shares_memory(timestep, table):
+            return bool(known.data_ptr() == timestep.data_ptr())  # PLMS repeats a value in another entry
+        return bool(_first(known).cpu() == _first(timestep).cpu())
+
+    def _end_evaluation(self) -> None:
+        """Count the evaluation that is open, if one is: the next call opens another."""
+        if not self._calls.total():
+            return
+        self._calls.clear()
+        self.cache.advance(self._refreshed)
+        if self.cache.step >= self.cache.schedule.num_steps:
+            self.cache.clear()  # the run is over: nothing to hold memory for
+
+
+def _shares_memory(value: Any, table: Tensor) -> bool:
+    """Whether a value is a view into a table; the device is not waited for."""
+    return isinstance(value, Tensor) and value.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+
+
+def _first(timestep: Any) -> Tensor:
+    """The timestep of the first row: []."""
+    return torch.as_tensor(timestep).flatten()[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -11,8 +9,11 @@ from tqdm import tqdm
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import QuantConfig
 from cachequant.models.adapter import Adapter
-from cachequant.pipeline.calibrate import Calibration, StepInput
+from cachequant.pipeline.calibrate import Calibration
+from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.hook import Call
+from cachequant.pipeline.inputs import StepInput, spread
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.layers import Mode
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
@@ -44,21 +45,6 @@ def quantise_weights(context: Context) -> QuantState:
     return fresh_state(context.adapter.denoiser, layer_plans(context.adapter, config), config.weight_search)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Device copies of the kept inputs of one step, cut to the number this kind of step uses."""
-
-    x: Tensor
-    timestep: Tensor
-    kwargs: dict[str, Tensor]
-
-    @staticmethod
-    def of(entry: StepInput, count: int, device: torch.device) -> _Rows:
-        rows = torch.linspace(0, len(entry.x) - 1, min(count, len(entry.x))).round().long()
-        kwargs = {k: v[rows].to(device) for k, v in entry.kwargs.items()}
-        return _Rows(entry.x[rows].to(device), entry.timestep.to(device), kwargs)
-
-
 @torch.no_grad()
 def calibrate_quantisers(
     context: Context,
@@ -75,7 +61,7 @@ def calibrate_quantisers(
     """
     adapter, config = context.adapter, context.config
     device = next(adapter.denoiser.parameters()).device
-    cache = FeatureCache(schedule, keep=2 if config.correction.forecast else 1)
+    cache = FeatureCache(schedule, 2 if config.correction.forecast else 1, adapter.channel_dim)
     state = weights or quantise_weights(context)
     handle = install(
         adapter.denoiser,
@@ -89,8 +75,9 @@ def calibrate_quantisers(
     sizes = (config.calibration.refresh_inputs, config.calibration.cached_inputs)
     try:
         for step in tqdm(range(context.num_steps), desc="4 quant params", unit="step", leave=False, disable=None):
-            rows = _Rows.of(calibration.inputs[step], sizes[0] if schedule.is_refresh(step) else sizes[1], device)
-            _observe(adapter, cache, correction, rows)
+            count = sizes[0] if schedule.is_refresh(step) else sizes[1]
+            rows = calibration.inputs[step].rows(count, device)
+            _observe(Chunks.of(context, len(rows.x)), cache, correction, rows)
             handle.finish_step(step)
             cache.advance(schedule.is_refresh(step))
         return handle.state
@@ -99,16 +86,16 @@ def calibrate_quantisers(
         adapter.rebuild()
 
 
-def _observe(adapter: Adapter, cache: FeatureCache, correction: Correction, rows: _Rows) -> None:
+def _observe(network: Chunks, cache: FeatureCache, correction: Correction, rows: StepInput) -> None:
     """One step of the network that will be quantised, in full precision, on some rows."""
+    call = Call(rows.x, rows.timestep, dict(rows.kwargs))
     if cache.must_refresh:
-        _, feature = adapter.full(rows.x, rows.timestep, **rows.kwargs)
+        _, feature = network.full(call)
         cache.store(feature)
         return
     affine = correction.cache.get(cache.step)
     reused = cache.reuse(None if affine is None else _on(affine, rows.x))
-    subset = torch.linspace(0, len(reused) - 1, len(rows.x)).round().long().to(reused.device)
-    adapter.cached(rows.x, rows.timestep, None, reused[subset], None, **rows.kwargs)
+    network.cached(call, reused[spread(len(reused), len(rows.x)).to(reused.device)])
 
 
 def _on(affine: AffineMap, x: Tensor) -> AffineMap:

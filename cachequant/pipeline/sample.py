@@ -13,7 +13,9 @@ from tqdm import tqdm
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.kernels.backend import Backend, choose_backend
-from cachequant.models.loading import Generator, read_prompts
+from cachequant.models.adapter import device_of
+from cachequant.models.loading import Generator
+from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
@@ -40,7 +42,7 @@ class Samples:
 
 def backend_of(context: Context) -> Backend:
     """The backend that the configuration asks for, on the pipeline's device."""
-    return choose_backend(context.config.backend, next(context.adapter.denoiser.parameters()).device)
+    return choose_backend(context.config.backend, device_of(context.adapter.denoiser))
 
 
 def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, record: bool = False) -> Samples:
@@ -56,7 +58,7 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     adapter = context.adapter
     schedule = plan.schedule if plan else uniform_schedule(context.num_steps, 1)
     correction = plan.correction if plan else Correction()
-    cache = FeatureCache(schedule, keep=2 if correction.uses_forecast else 1)
+    cache = FeatureCache(schedule, 2 if correction.uses_forecast else 1, adapter.channel_dim)
     quant = plan.quant if plan else None
     handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context)) if quant else None
     adapter.rebuild()
@@ -65,13 +67,13 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
 
     def step(call: Call) -> Tensor:
         """The accelerated step, with x_t kept where asked."""
-        if record and len(path) < context.num_steps:
+        if record and call.opens and len(path) < context.num_steps:
             path.append(call.x.detach().cpu().clone())
         return inner(call)
 
-    start = time.perf_counter()
+    start, batch_size = time.perf_counter(), context.config.sample.batch_size
     try:
-        images = torch.cat(list(context.run(step, cache, seeds, label, context.config.sample.batch_size)))
+        images = torch.cat(list(context.run(step, cache, seeds, label, batch_size, sampling=True)))
     finally:
         if handle is not None:
             handle.remove()

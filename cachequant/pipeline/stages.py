@@ -10,6 +10,7 @@ import torch
 
 from cachequant import __version__
 from cachequant.correction import Moments
+from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
@@ -68,7 +69,7 @@ class Stages:
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
-            "prompts": list(context.generator.prompts),
+            "prompts": list(context.generator().prompts),
             "cache": asdict(config.cache),
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
@@ -180,9 +181,11 @@ class Stages:
             "seed": config.calibration.seed,
             "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
             "measured": calibration.measured,
+            "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         identity, timesteps = context.identity, context.timesteps
-        return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
+        remainder = None if state is None else remainder_of(context.pipe, state)
+        return Plan(config, identity, timesteps, schedule, correction, state, provenance, remainder), key
 
     def save_plan(self) -> Path:
         """Write the plan into the run folder, named by method, interval and bits: its folder."""
@@ -195,9 +198,10 @@ class Stages:
     def samples(self) -> tuple[Samples, str]:
         """Stage 6: images of the plan."""
         plan, parent = self.plan()
-        sample = self.context.config.sample
+        sample, prompts = self.context.config.sample, self.context.generator(sampling=True).prompts
         seeds = list(range(sample.seed, sample.seed + sample.count))
-        inputs = {"parent": parent, "sample": asdict(sample), "backend": backend_of(self.context).name}
+        inputs = {"parent": parent, "sample": asdict(sample), "prompts": list(prompts)}
+        inputs["backend"] = backend_of(self.context).name
         return self.store.obtain(
             6,
             "sample",

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachequant.kernels.fused import Grid, attention, geglu, group_norm, layer_norm, quantize
+from cachequant.kernels.cpu import rows_of
+from cachequant.kernels.fused import Grid, Sum, attention, geglu, group_norm, layer_norm, quantize
 from cachequant.quant.deployed import IntegerLayer
 
 ROWS = 1024
@@ -65,18 +66,25 @@ class FusedResnet(Fused):
         """[B, I, H, W], or its two halves behind a decoder concat, and the embedding [B, E] -> [B, O, H, W]."""
         halves = input_tensor if isinstance(input_tensor, tuple) else self.conv1.segments(input_tensor)
         parts = tuple(nhwc(half) for half in halves)
-        hidden, rest = _convolve(self.conv1, _normalise(self.norm1, parts, self.conv1.grids()))
+        hidden = self.conv1.open(_normalise(self.norm1, parts, self.conv1.grids()))  # [B·P, O]
         shift = None
         if temb is not None and self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))  # [B, O]
-        (q,) = _normalise(self.norm2, (hidden,), self.conv2.grids(), shift, rest)
-        out = self.conv2.products((q,))
-        if self.conv_shortcut is None:
-            out = out.add_(parts[0])
-        else:
-            shortcut = self.conv_shortcut
-            out = shortcut.products(shortcut.quantize(parts), out, reuse=True)
+        norm, batch = self.norm2, len(parts[0])
+        hidden = Sum(tuple(rows.view(batch, -1, rows.shape[1]) for rows in hidden.dense), hidden.sums, hidden.columns)
+        (q,) = group_norm(
+            (hidden,), norm.weight, norm.bias, norm.num_groups, norm.eps, True, self.conv2.grids(), shift
+        )  # [B, P, O]
+        out = self._residual(image(q, parts[0]), parts)
         return out if self.output_scale_factor == 1.0 else out.div_(self.output_scale_factor)
+
+    def _residual(self: Any, q: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The second convolution and what it is added to."""
+        shortcut = self.conv_shortcut
+        if shortcut is None:
+            return self.conv2.output((q,), rows_of(parts[0], self.conv2.geometry))
+        out = self.conv2.output((q,))
+        return shortcut.output(shortcut.quantize(parts), rows_of(out, shortcut.geometry), reuse=True)
 
 
 class FusedAttention2d(Fused):
@@ -95,7 +103,7 @@ class FusedAttention2d(Fused):
         layers = (self.to_q, self.to_k, self.to_v)
         grids = _distinct(layers)
         normed = {g: _normalise(self.group_norm, (x,), (g,), activate=False)[0] for g in grids}
-        q, k, v = (layer.product(0, pixels(normed[layer.grids()[0]])) for layer in layers)
+        q, k, v = (layer.output((pixels(normed[layer.grids()[0]]),)) for layer in layers)
         plus = pixels(x) if self.residual_connection else None
         out = image(_attend(self, q, k, v, plus), x)
         return out if self.rescale_output_factor == 1.0 else out.div_(self.rescale_output_factor)
@@ -190,7 +198,7 @@ class FusedUpsample(Fused):
         conv = _conv_of(self)
         (q,) = conv.quantize((hidden_states,))
         scale = 2.0 if output_size is None else None
-        return conv.products((nhwc(F.interpolate(q, size=output_size, scale_factor=scale, mode="nearest")),))
+        return conv.output((nhwc(F.interpolate(q, size=output_size, scale_factor=scale, mode="nearest")),))
 
 
 class FusedDownsample(Fused):
@@ -206,7 +214,7 @@ class FusedDownsample(Fused):
         (q,) = self.conv.quantize((hidden_states,))
         if self.padding == 0:
             q = nhwc(F.pad(q, (0, 1, 0, 1), value=self.conv.grids()[0].zero_point))
-        return self.conv.products((q,))
+        return self.conv.output((q,))
 
 
 FORWARDS: dict[str, type[Fused]] = {
@@ -268,21 +276,12 @@ def _normalise(
     norm: Any,
     parts: tuple[Tensor, ...],
     grids: tuple[Grid, ...],
-    shift: Tensor | None = None,
-    other: Tensor | None = None,
     activate: bool = True,
 ) -> tuple[Tensor, ...]:
     """`group_norm` of images [B, C_i, H, W]."""
     flat = tuple(pixels(part) for part in parts)
-    plus = None if other is None else pixels(other)
-    made = group_norm(flat, norm.weight, norm.bias, norm.num_groups, norm.eps, activate, grids, shift, plus)
+    made = group_norm(flat, norm.weight, norm.bias, norm.num_groups, norm.eps, activate, grids)
     return tuple(image(q, parts[0]) for q in made)
-
-
-def _convolve(layer: Any, integers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    """The products of a layer's segments, left apart: what reads them adds them."""
-    first = layer.product(0, integers[0])
-    return first, layer.product(1, integers[1]) if len(integers) > 1 else None
 
 
 def _distinct(layers: Sequence[Any]) -> tuple[Grid, ...]:
@@ -295,7 +294,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, plus: Tensor
     out = module.to_out[0]
     (grid,) = out.grids()
     q = attention(query, key, value, module.heads, (query.shape[2] // module.heads) ** -0.5, grid)
-    return out.product(0, q, plus)
+    return out.output((q,), None if plus is None else plus.flatten(0, 1))
 
 
 def _token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) -> Tensor:
@@ -305,10 +304,10 @@ def _token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) 
     grids = _distinct(readers)
     made = layer_norm(x.flatten(0, 1), norm.weight, norm.bias, norm.eps, grids)
     normed = {grid: q.view(x.shape) for grid, q in zip(grids, made, strict=True)}
-    operands = [layer.product(0, normed[layer.grids()[0]]) for layer in readers]
+    operands = [layer.output((normed[layer.grids()[0]],)) for layer in readers]
     if context is not None:
         seen = {grid: quantize(context.float().contiguous(), grid) for grid in _distinct(layers[1:])}
-        operands += [layer.product(0, seen[layer.grids()[0]]) for layer in layers[1:]]
+        operands += [layer.output((seen[layer.grids()[0]],)) for layer in layers[1:]]
     return _attend(module, *operands, plus=x)
 
 
@@ -319,5 +318,5 @@ def _feed_forward(wide: Any, narrow: Any, norm: Any, x: Tensor) -> Tensor:
     (grid,), (inner,) = wide.grids(), narrow.grids()
     for part, target in zip(rows.split(ROWS), out.split(ROWS), strict=True):
         (q,) = layer_norm(part, norm.weight, norm.bias, norm.eps, (grid,))
-        target.copy_(narrow.product(0, geglu(wide.product(0, q), inner), part))
+        target.copy_(narrow.output((geglu(wide.output((q,)), inner),), part))
     return out.view(x.shape)

@@ -138,5 +138,6 @@ def _attention(network: nn.Module, name: str) -> Any:
 
 
 def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where the one called `name` stands."""
     parent, _, child = name.rpartition(".")
     network.get_submodule(parent)._modules[child] = module

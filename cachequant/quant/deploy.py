@@ -9,7 +9,7 @@ from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import SIMULATED, Backend
-from cachequant.kernels.cpu import unsupported
+from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.blocks import fuse, unfuse
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
@@ -71,6 +71,7 @@ def deploy(
         maps = correction.layers.get(name) if correction else None
         replace_module(network, name, IntegerLayer(source, layer, clock, maps))
         handle.integer[name] = source
+        trim_heap()
     if others or state.operands:
         handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
         handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")

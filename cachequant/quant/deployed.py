@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import fold_into_epilogue
 from cachequant.errors import UserError
-from cachequant.kernels.cpu import PackedWeight
-from cachequant.kernels.fused import Grid, quantize
+from cachequant.kernels.cpu import PackedWeight, rows_of
+from cachequant.kernels.fused import Grid, Sum, quantize
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.layers import Layer
 from cachequant.quant.observer import StepQuantizer
@@ -21,8 +21,8 @@ from cachequant.types import AffineMap, LayerQuant
 class IntegerLayer(nn.Module):
     """Stands where an `nn.Conv2d` or `nn.Linear` stood: quantise the input, multiply integers, one float32 epilogue.
 
-    The numbers are those of `cachequant.quant.layers.QuantLayer` in its QUANTIZED mode. Fused blocks call `grids` and
-    `product` themselves and quantise in whatever comes before.
+    The numbers are those of `cachequant.quant.layers.QuantLayer` in its QUANTIZED mode. Fused blocks call `grids`,
+    `open` and `output` themselves and quantise in whatever comes before.
 
     Args:
         source: the layer that is replaced; its weight is not read, and may be on the meta device.
@@ -84,28 +84,45 @@ class IntegerLayer(nn.Module):
         dense = (part.float().contiguous(memory_format=order) for part in parts)
         return tuple(quantize(part, grid) for part, grid in zip(dense, self.grids(), strict=True))
 
-    def product(self, segment: int, q: Tensor, plus: Tensor | None = None, reuse: bool = False) -> Tensor:
-        """One segment's share of the output, float32; the first one carries the correction and the bias.
+    def open(self, integers: tuple[Tensor, ...], plus: Tensor | None = None, reuse: bool = False) -> Sum:
+        """The layer's output as rows [R, O], with terms that whoever reads it adds.
 
         Args:
-            segment: which one.
-            q: its integers.
-            plus, reuse: of `PackedWeight`: added to the result, and whether its memory may be taken for it.
+            integers: uint8 of every segment.
+            plus: rows added to it.
+            reuse: the memory of `plus` may be taken.
         """
-        grid = self.grids()[segment]
-        scale, shift = self._epilogue() if segment == 0 else (self.scales[segment], None)
-        return self.packed[segment](q, grid, scale, shift, plus, reuse)
+        dense: list[Tensor] = []
+        outer: list[tuple[Tensor, Tensor]] = []
+        for segment, (q, packed, grid) in enumerate(zip(integers, self.packed, self.grids(), strict=True)):
+            scale, shift = self._epilogue() if segment == 0 else (self.scales[segment], None)
+            if packed.is_matrix:
+                plus = packed.multiply(rows_of(q, self.geometry), grid, scale, shift, plus, reuse)
+                reuse = True
+            else:
+                dense.append(rows_of(packed.convolve(q, grid, scale, shift), self.geometry))
+            if packed.offset is not None:
+                outer.append((packed.window_sums(q, grid), packed.offset * scale * grid.scale))
+        if plus is not None:
+            dense.append(plus)
+        if len(dense) > 2:
+            dense = [dense[0].add_(dense[1]), dense[2]]
+        if not outer:
+            return Sum(tuple(dense))
+        sums, columns = zip(*outer, strict=True)
+        return Sum(tuple(dense), torch.stack(sums, dim=1), torch.stack(columns))
 
-    def products(self, integers: tuple[Tensor, ...], plus: Tensor | None = None, reuse: bool = False) -> Tensor:
-        """The layer's output from the integers of all segments."""
-        y = self.product(0, integers[0], plus, reuse)
-        for segment, q in enumerate(integers[1:], start=1):
-            y = self.product(segment, q, y, reuse=True)
-        return y
+    def output(self, integers: tuple[Tensor, ...], plus: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """The layer's output [B, O, H', W'] or [..., O], all terms added; the arguments are those of `open`."""
+        rows, shape = self.open(integers, plus, reuse).settle(), integers[0].shape
+        if not self.geometry.is_conv:
+            return rows.view(*shape[:-1], rows.shape[1])
+        height, width = self.packed[0].output_size(shape[2], shape[3])
+        return rows.view(shape[0], height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """[B, I, H, W] -> [B, O, H', W'], or [..., I] -> [..., O]."""
-        return self.products(self.quantize(self.segments(x))).to(x.dtype)
+        return self.output(self.quantize(self.segments(x))).to(x.dtype)
 
     def _epilogue(self) -> tuple[Tensor, Tensor | None]:
         """(scale, shift) of the first segment at this step, beside the grid's scale which the product applies itself."""

@@ -72,9 +72,9 @@ class QuantLayer(nn.Module):
         self.moments: dict[int, Moments] = {}
         self.ridge = 0.0
         self._source = (source,)  # a tuple hides it from the module tree
-        self._target: Tensor | None = None
+        self._targets: list[Tensor] = []  # of the chunks of a batch, in order
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
-        device = source.weight.device
+        device = self.weights[0].values.device if source.weight.is_meta else source.weight.device
         self.bias: Tensor | None
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):
@@ -102,6 +102,12 @@ class QuantLayer(nn.Module):
         """Replace all maps; the epilogues are folded again."""
         self.corrections = dict(corrections)
         self._epilogues.clear()
+
+    def start_fit(self, new_step: bool) -> None:
+        """Before a RECORD pass: drop targets that nothing fitted and, at a new step, the pairs of the step before."""
+        self._targets.clear()
+        if new_step:
+            self.moments.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
         """`.to()` moves the replaced layer too, and what was folded on the old device is folded again."""
@@ -147,8 +153,9 @@ class QuantLayer(nn.Module):
         return self.source(x)
 
     def _record(self, x: Tensor) -> Tensor:
-        self._target = self.source(x)
-        return self._target
+        output = self.source(x)
+        self._targets.append(output)
+        return output
 
     def _observe(self, x: Tensor) -> Tensor:
         for quantizer, part in zip(self.quantizers, self._segments(x), strict=True):
@@ -174,7 +181,7 @@ class QuantLayer(nn.Module):
 
     def _fit(self, x: Tensor) -> Tensor:
         """Regress the full-precision output at the same x_t on the integer product, then use the map at once."""
-        assert self._target is not None, "FIT needs a RECORD pass before it"
+        assert self._targets, "FIT needs a RECORD pass before it"
         dim = self.geometry.channel_dim % x.dim()
         parts = self._integer_products(x.float())
         scaled = [epilogue(p, self._product_scale(i), None, dim) for i, p in enumerate(parts)]
@@ -183,12 +190,11 @@ class QuantLayer(nn.Module):
             shape = [1] * x.dim()
             shape[dim] = -1
             rest = rest + self.bias.view(shape)
-        moments = Moments()
-        moments.update((scaled[0],), self._target.float() - rest, dim)
+        moments = self.moments.setdefault(self.clock.step, Moments())  # of all chunks so far
+        moments.update((scaled[0],), self._targets.pop(0).float() - rest, dim)
         fitted = moments.solve(self.ridge)
         self.corrections[self.clock.step] = fitted
         self._epilogues.pop(self.clock.step, None)
-        self._target = None
         return (fitted.apply(scaled[0], channel_dim=dim) + rest).to(x.dtype)
 
 

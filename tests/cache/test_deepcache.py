@@ -101,6 +101,28 @@ def make(kind: str) -> Case:
         return Case(network, x, None)
     if kind == "scale and shift":
         return Case(unconditional(resnet_time_scale_shift="scale_shift"), x, None)
+    if kind == "churches":
+        # LDM-8: every resampling is a resnet, time enters as scale and shift, attention at the coarse levels
+        blocks = ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+        network = unconditional(
+            down_block_types=blocks, up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+        )  # fmt: skip
+        return Case(network, x, None)
+    if kind == "conditional, resnets resample":
+        network = conditional(
+            layers_per_block=2, resnet_time_scale_shift="scale_shift",
+            down_block_types=("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+        return Case(network, x, context)
+    if kind == "stable diffusion":
+        network = conditional(
+            layers_per_block=2, block_out_channels=(4, 8, 12, 12), norm_num_groups=4, transformer_layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        )  # fmt: skip
+        return Case(network, x, context)
     if kind == "conditional":
         return Case(conditional(), x, context)
     if kind == "conditional, two layers":
@@ -117,6 +139,9 @@ KINDS = (
     "one layer, class labels",
     "resnets resample",
     "scale and shift",
+    "churches",
+    "conditional, resnets resample",
+    "stable diffusion",
     "conditional",
     "conditional, two layers",
     "conditional, layers differ",
@@ -294,7 +319,7 @@ def test_splits_name_the_first_convolution_and_the_shortcut_of_every_position(ca
     for branch in branches(case.network):
         cut = UNetAdapter(case.network, branch)
         assert cut.consumers()
-        for name in cut.consumers():
+        for name in (consumer.name for consumer in cut.consumers()):
             assert case.network.get_submodule(name.rpartition(".")[0]) is cut.site.consumer
             assert splits[name] == cut.width and name in cut.shallow_names()
 

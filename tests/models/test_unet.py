@@ -74,8 +74,9 @@ def test_controlnet_residual_of_the_mid_block_is_not_added_twice() -> None:
 
 def test_consumers_are_the_layers_that_read_the_cached_half() -> None:
     shaped = adapter(tiny_unet(), 0)
-    assert set(shaped.consumers()) == {"up_blocks.1.resnets.1.conv1", "up_blocks.1.resnets.1.conv_shortcut"}
-    assert all(shaped.splits()[name] == shaped.width for name in shaped.consumers())
+    found = shaped.consumers()
+    assert {c.name for c in found} == {"up_blocks.1.resnets.1.conv1", "up_blocks.1.resnets.1.conv_shortcut"}
+    assert all(shaped.splits()[c.name] == c.width == shaped.width < c.channels for c in found)
     assert shaped.end_names() == {"conv_in", "conv_out"}
 
 

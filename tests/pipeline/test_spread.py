@@ -70,7 +70,7 @@ def test_cached_steps_keep_the_spread_of_full_precision(pipe: Any, configure: Co
         return output
 
     with DenoiserHook(pipe, context.adapter, cache, step, context.timesteps):
-        context.generator(context.seeds())
+        context.generator()(context.seeds())
     found = spread.deviation
     for t in plan.correction.output:
         torch.testing.assert_close(found[t], expected[t], rtol=1e-3, atol=1e-6)

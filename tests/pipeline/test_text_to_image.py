@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import cachequant as cq
-from cachequant.config import RunConfig
+from cachequant.cli import main
+from cachequant.config import RunConfig, repository_folder
 from cachequant.pipeline.calibrate import gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.stages import Stages
@@ -146,3 +147,41 @@ def test_no_guidance_scale_means_no_guidance(
         draw(pipe, guidance=7.5)
     cq.disable(pipe)
     assert torch.equal(draw(pipe, guidance=1.0), reference)
+
+
+def test_calibration_has_its_own_prompts(
+    stable_diffusion: Any, config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.txt").write_text("a b c\n")
+    context = Context.of(stable_diffusion, config(f"calibration.prompts={tmp_path}/own.txt"))
+    assert context.generator().prompts == ("a b c",)
+    assert context.generator(sampling=True).prompts == ("a fox", "a dog")
+    seen: list[str] = []
+    encode = type(stable_diffusion).encode_prompt
+
+    def watched(self: Any, prompt: list[str], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(prompt)
+        return encode(self, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(type(stable_diffusion), "encode_prompt", watched)
+    Stages.at(context, tmp_path / "run", quiet=True).plan()
+    assert set(seen) == {"a b c"}
+    Stages.at(context, tmp_path / "run", quiet=True).samples()
+    assert set(seen) == {"a b c", "a fox", "a dog"}
+    shared = Context.of(stable_diffusion, config(f"calibration.prompts={tmp_path}/prompts.txt"))
+    with pytest.raises(cq.UserError, match="share 2 prompts"):
+        shared.generator(sampling=True)
+
+
+def test_a_prompt_list_that_cannot_be_had_is_told_before_the_calibration(
+    stable_diffusion: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stable_diffusion.save_pretrained(tmp_path / "model")
+    (tmp_path / "empty.txt").write_text("")
+    run = ["run", str(repository_folder() / "configs" / "stable_diffusion.yaml"), "--out", str(tmp_path / "run")]
+    for name, message in (("absent.json", "no prompt file"), ("empty.txt", "is empty")):
+        change = ["--set", f"model.path={tmp_path / 'model'}", "--set", f"sampler.prompts={tmp_path / name}"]
+        assert main([*run, *change, "--device", "cpu"]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "run").exists()

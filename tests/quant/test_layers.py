@@ -395,6 +395,24 @@ def test_a_fit_needs_a_recorded_target_each_time() -> None:
         layer(x)
 
 
+def test_a_fit_of_chunks_is_the_fit_of_their_pairs_together() -> None:
+    x, truth = (torch.randn(60, 6, generator=generator(seed)) for seed in (0, 1))
+    whole, parts = (quantised(linear(), (table(0.4, 7, 4),), (6,), bits=4) for _ in range(2))
+    for layer, sizes in ((whole, (60,)), (parts, (10, 30, 20))):
+        layer.mode = Mode.RECORD
+        layer(torch.full((3, 6), 1e6))  # of a step that no fit followed
+        layer.start_fit(new_step=True)
+        for part in truth.split(sizes):
+            layer(part)
+        layer.mode = Mode.FIT
+        for part in x.split(sizes):
+            layer(part)
+    close(parts.corrections[0].scale, whole.corrections[0].scale)
+    close(parts.corrections[0].shift, whole.corrections[0].shift)
+    parts.start_fit(new_step=True)
+    assert not parts.moments
+
+
 def test_a_strong_ridge_keeps_the_scale_and_still_centres() -> None:
     layer = quantised(linear(), (table(0.4, 7, 4),), (6,), bits=4)
     layer.ridge = 1e9
