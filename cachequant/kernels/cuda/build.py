@@ -25,7 +25,10 @@ from cachequant.kernels.cuda.variants import VARIANTS, Variant
 
 SOURCES = Path(__file__).with_name("csrc")
 FOLDER, HEADERS = "CACHEQUANT_KERNELS", "CACHEQUANT_CUTLASS"
-"""Environment variables: where the libraries are kept, and where CUTLASS's include folder is."""
+"""Environment variables: where the libraries are kept, and the folder of CUTLASS's sources (with include and tools)."""
+
+INCLUDES = ("include", "tools/util/include")
+"""Folders of headers below CUTLASS's sources."""
 
 FLAGS = (
     "-std=c++17",
@@ -66,13 +69,13 @@ def compiler() -> str | None:
 
 
 def headers() -> Path | None:
-    """CUTLASS's include folder, or None."""
+    """The folder of CUTLASS's sources, or None."""
     given = os.environ.get(HEADERS)
     spec = None if given else importlib.util.find_spec("cutlass_library")
     roots = [Path(given)] if given else []
     if spec is not None and spec.submodule_search_locations:
-        roots = [Path(place) / "source" / "include" for place in spec.submodule_search_locations]
-    return next((root for root in roots if (root / "cutlass" / "cutlass.h").is_file()), None)
+        roots = [Path(place) / "source" for place in spec.submodule_search_locations]
+    return next((root for root in roots if (root / INCLUDES[0] / "cutlass" / "cutlass.h").is_file()), None)
 
 
 def unavailable() -> str | None:
@@ -93,14 +96,24 @@ def compile_variant(variant: Variant) -> Path:
     library = library_path(variant)
     if library.is_file():
         return library
-    reason, nvcc, include = unavailable(), compiler(), headers()
-    if reason is not None or nvcc is None:
+    reason, nvcc, cutlass = unavailable(), compiler(), headers()
+    if reason is not None or nvcc is None or cutlass is None:
         raise UserError(f"the kernel {variant.name} cannot be built, because {reason}")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
-        command = [nvcc, *FLAGS, variant.target, *variant.macros, f"-I{include}", str(SOURCES / variant.source)]
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        includes = [f"-I{cutlass / part}" for part in INCLUDES]
+        command = [
+            nvcc,
+            *FLAGS,
+            variant.target,
+            *variant.macros,
+            *includes,
+            str(SOURCES / variant.source),
+            "-o",
+            str(made),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line]
             raise UserError(f"nvcc could not build {variant.name}: {(lines or ['no message'])[0][:200]}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from cachequant.kernels.cuda import library
 from cachequant.kernels.cuda.build import library_path
 from cachequant.kernels.cuda.tuning import TuningTable
-from cachequant.kernels.cuda.variants import Variant, variants_for
+from cachequant.kernels.cuda.variants import VARIANTS, Variant, variants_for
 
 TRITON = "triton_"
 """Prefix of a Triton kernel's name; its blocks follow."""
@@ -84,7 +84,7 @@ def run_product(
             else:
                 triton_product.conv2d(x, weight, stride, given, out, blocks)
         else:
-            variant = next(v for v in variants_for(capability) if v.name == kernel)
+            variant = next(v for v in VARIANTS if v.name == kernel)
             library.run(variant, x, weight, stride, *operands, out)
 
     if name is None:

@@ -43,7 +43,7 @@ def _store_halves(out_x, out_y, grids, y, at, channel, first, second, inside, va
         tl.store(out_y + at[:, None] * second + (channel - first)[None, :], q, right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_h", "out_w", "left", "top"])
 def _group_kernel(
     x, y, shift, weight, bias, grids, out_x, out_y, first, second, pixels, height, width, out_h, out_w, left, top, eps,
     per_group: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr,
@@ -82,7 +82,7 @@ def _group_kernel(
         _store_halves(out_x, out_y, grids, made, place, channel, first, second, inside, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "begin"])
 def _moments_kernel(
     x, means, squares, pixels, width_x, channels, begin, chunk: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr
 ):
@@ -111,7 +111,7 @@ def _moments_kernel(
     tl.store(squares + place, total, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "pieces"])
 def _merge_kernel(
     means, squares, shift, weight, bias, affine, pixels, pieces, channels, eps, chunk: tl.constexpr,
     per_group: tl.constexpr, block_c: tl.constexpr, block_p: tl.constexpr, has_shift: tl.constexpr,
@@ -139,7 +139,7 @@ def _merge_kernel(
     tl.store(affine + (batch * 2 + 1) * channels + channel, (add - mean) * gain + base, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "height", "width", "out_h", "out_w", "left", "top"])
 def _apply_kernel(
     x, affine, grid, out, width_x, channels, begin, height, width, out_h, out_w, left, top,
     rows: tl.constexpr, block_c: tl.constexpr, activate: tl.constexpr,
@@ -228,7 +228,7 @@ def _large(
         begin += part.shape[3]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "per_batch", "plane"])
 def _layer_norm_kernel(
     x, weight, bias, scale, shift, grids, out, count, channels, per_batch, plane, eps, grid_count: tl.constexpr,
     rows: tl.constexpr, block_c: tl.constexpr, affine: tl.constexpr, modulate: tl.constexpr,

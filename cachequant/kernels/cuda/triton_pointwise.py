@@ -42,7 +42,7 @@ def padded_pixel(
     return batch, row, column, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "out_h", "out_w", "height", "width", "left", "top"])
 def _quantize_kernel(
     x, grid, out, pixels, channels, out_h, out_w, height, width, left, top, upsample: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr,
@@ -73,7 +73,7 @@ def quantize_image(x: Tensor, grid: Tensor, pad: Pad, upsample: int) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _geglu_kernel(x, grid, out, count, channels, rows: tl.constexpr, columns: tl.constexpr):
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -96,7 +96,7 @@ def geglu(x: Tensor, grid: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gelu_kernel(x, grid, out, count, tanh: tl.constexpr, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     value = tl.load(x + at, at < count, other=0.0).to(tl.float32)
@@ -114,7 +114,7 @@ def gelu(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "height", "width", "out_h", "out_w", "stride_h", "stride_w"])
 def _window_sum_kernel(
     x, out, count, channels, height, width, out_h, out_w, stride_h, stride_w,
     window_h: tl.constexpr, window_w: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,

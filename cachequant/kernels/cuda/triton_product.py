@@ -69,7 +69,7 @@ def _tile(m, n, block_m: tl.constexpr, block_n: tl.constexpr):
     return first + inner % height, inner // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _linear_kernel(
     x, weight, scale, shift, source, beta, row_sum, offset, out, m, n, k,
     has_shift: tl.constexpr, has_source: tl.constexpr, has_offset: tl.constexpr, integer: tl.constexpr,
@@ -96,7 +96,7 @@ def _linear_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "height", "width", "out_h", "out_w", "stride_h", "stride_w"])
 def _conv_kernel(
     x, weight, scale, shift, source, beta, row_sum, offset, out, m, n, channels, height, width, out_h, out_w,
     stride_h, stride_w, taps_h: tl.constexpr, taps_w: tl.constexpr,

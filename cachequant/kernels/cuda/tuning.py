@@ -14,26 +14,39 @@ import torch
 
 from cachequant.kernels.cuda.build import folder
 
-REPEATS = 5
-"""Timed groups of calls; the median of them counts."""
+CALLS, REPEATS = 10, 5
+"""Calls in one captured graph, and how often it is timed; the median counts."""
 
 Measure = Callable[[Callable[[], None]], float]
 
 
 def measure(call: Callable[[], None]) -> float:
-    """Median milliseconds of one call on the current stream, over groups long enough for the clock to resolve."""
+    """Median milliseconds of one call, replayed from a CUDA graph: launching from Python takes longer than many kernels."""
     call()  # loads and compiles
     torch.cuda.synchronize()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(10):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 10)
-    return statistics.median(times)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        try:
+            for _ in range(CALLS):
+                call()
+        finally:
+            graph.capture_end()
+        graph.replay()
+        times = [_elapsed(graph) for _ in range(REPEATS)]
+    torch.cuda.current_stream().wait_stream(side)
+    return statistics.median(times) / CALLS
+
+
+def _elapsed(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of one replay on the current stream."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 @dataclass

@@ -62,7 +62,7 @@ def test_a_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     fake.write_text("#!/bin/sh\necho 'x.cu(1): error: nonsense' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv(build.FOLDER, str(tmp_path / "made"))
-    monkeypatch.setenv(build.HEADERS, str(tmp_path / "include"))
+    monkeypatch.setenv(build.HEADERS, str(tmp_path))
     monkeypatch.setattr(build, "compiler", lambda: str(fake))
     with pytest.raises(UserError, match="error: nonsense"):
         build.build(VARIANTS[:1])
