@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cachequant.kernels.cpu import rows_of
 from cachequant.kernels.fused import Grid, Sum, attention, geglu, group_norm, layer_norm, quantize
-from cachequant.quant.deployed import IntegerLayer
 
 ROWS = 1024
 """Rows of a feed-forward layer that are in flight at once: its wide hidden state then stays in the processor's cache."""
@@ -230,10 +229,10 @@ FORWARDS: dict[str, type[Fused]] = {
 """diffusers' class -> fused forward; the blocks that hold others come last."""
 
 
-def fuse(network: nn.Module) -> dict[str, str]:
+def fuse(network: nn.Module, forwards: dict[str, type[Fused]] = FORWARDS) -> dict[str, str]:
     """Give every block that fits its fused forward: name -> what it was. Deployed layers must stand in it already."""
     fused: dict[str, str] = {}
-    for kind, mixin in FORWARDS.items():
+    for kind, mixin in forwards.items():
         for name, module in network.named_modules():
             if type(module).__name__ == kind and mixin.fits(module):
                 module.__class__ = type(f"Fused{kind}", (mixin, type(module)), {})
@@ -249,12 +248,14 @@ def unfuse(network: nn.Module, names: Sequence[str]) -> None:
 
 
 def _integer(*layers: Any) -> bool:
-    return all(isinstance(layer, IntegerLayer) for layer in layers)
+    return all(getattr(layer, "deployed", False) for layer in layers)
 
 
 def _affine(norm: Any, kind: type[nn.Module]) -> bool:
-    """A norm of this kind with float32 weight and bias."""
-    return isinstance(norm, kind) and all(p is not None and p.dtype == torch.float32 for p in (norm.weight, norm.bias))
+    """A norm of this kind with weight and bias; the CPU's operators read float32 ones."""
+    return isinstance(norm, kind) and all(
+        p is not None and (p.dtype == torch.float32 or p.is_cuda) for p in (norm.weight, norm.bias)
+    )
 
 
 def _plain_attention(module: Any) -> bool:

@@ -31,6 +31,8 @@ class IntegerLayer(nn.Module):
         corrections: step -> map of the first segment's product (a₂, b₂).
     """
 
+    deployed = True
+
     def __init__(
         self,
         source: Layer,

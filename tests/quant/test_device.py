@@ -1,0 +1,169 @@
+"""A network deployed on the GPU's operators, run through their exact form on the CPU, against the simulated backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cachequant.cache.feature_cache import FeatureCache
+from cachequant.models.adapter import adapter
+from cachequant.quant.convert import LayerPlan, fresh_state, install
+from cachequant.quant.deploy import deploy_on_device
+from cachequant.quant.layers import Mode
+from cachequant.types import AffineMap, Correction, QuantState, Schedule
+
+STEPS = 3
+
+
+def unconditional() -> nn.Module:
+    """ResNets, attention over pixels, both ways of halving an image, groups that straddle the halves of a concat."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 48, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8, downsample_padding=0,
+    )  # fmt: skip
+
+
+def conditional() -> nn.Module:
+    """Transformer blocks with cross-attention."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+def conditional_linear() -> nn.Module:
+    """Transformers whose projections are linear layers."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), use_linear_projection=True,
+    )  # fmt: skip
+
+
+NETWORKS = (unconditional, conditional, conditional_linear)
+
+
+def inputs(network: nn.Module, step: int) -> dict[str, Tensor]:
+    torch.manual_seed(step)
+    channels = network.config.in_channels
+    made = {"sample": torch.randn(2, channels, 8, 8) * (1 + step), "timestep": torch.tensor(900 - 300 * step)}
+    if network.config.get("cross_attention_dim"):
+        made["encoder_hidden_states"] = torch.randn(2, 5, 24)
+    return made
+
+
+def run(network: nn.Module, clock: FeatureCache, step: int) -> Tensor:
+    clock.step = step
+    with torch.no_grad():
+        return network(**inputs(network, step), return_dict=False)[0]
+
+
+def prepared(build) -> tuple[nn.Module, QuantState, FeatureCache]:
+    """A network, its integers calibrated on three steps, and the clock."""
+    torch.manual_seed(5)
+    network = build().eval()
+    structure = adapter(network)
+    names = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    plans = {name: LayerPlan(8, 8, structure.splits().get(name, 0)) for name in names}
+    clock = FeatureCache(Schedule((0,), STEPS, STEPS))
+    handle = install(network, fresh_state(network, plans, "minmax"), clock, search="minmax")
+    handle.set_mode(Mode.OBSERVE)
+    for step in range(STEPS):
+        run(network, clock, step)
+        handle.finish_step(step)
+    state = handle.state
+    handle.remove()
+    return network, state, clock
+
+
+def corrections(state: QuantState) -> Correction:
+    """a₂, b₂ of two layers on one step each."""
+    maps = {}
+    for step, name in enumerate(("conv_out", next(n for n in state.layers if n.endswith("conv1")))):
+        outputs = len(state.layers[name].weights[0].scale)
+        maps[name] = {step: AffineMap(0.8 + 0.4 * torch.rand(outputs), 0.1 * torch.randn(outputs))}
+    return Correction(layers=maps)
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_deployed_network_equals_the_simulated_one(build, corrected):
+    """Differences come from activations that round the other way, about 1e-6 of them: far below the quantisation itself."""
+    network, state, clock = prepared(build)
+    correction = corrections(state) if corrected else Correction()
+    exact = [run(network, clock, step) for step in range(STEPS)]
+    handle = install(network, state, clock, correction=correction)
+    simulated = [run(network, clock, step) for step in range(STEPS)]
+    handle.remove()
+    deployment = deploy_on_device(network, state, clock, correction, torch.device("cpu"))
+    assert deployment.reasons == {} and set(deployment.integer) == set(state.layers)
+    for step in (2, 0, 1):  # every step finds its own rows, in any order
+        found = run(network, clock, step)
+        error = (found - simulated[step]).norm() / simulated[step].norm()
+        quantisation = (simulated[step] - exact[step]).norm() / exact[step].norm()
+        assert error < 0.02 and error < 0.5 * quantisation, (error, quantisation)
+    deployment.remove()
+    assert all(torch.equal(run(network, clock, step), exact[step]) for step in range(STEPS))
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_every_block_is_fused(build):
+    network, state, clock = prepared(build)
+    deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
+    kinds = {type(m).__name__.removeprefix("Fused") for m in network.modules() if type(m).__name__.startswith("Fused")}
+    assert kinds >= {"ResnetBlock2D", "Upsample2D", "Downsample2D", "UpBlock2D"}
+    wanted = "Attention" if build is unconditional else "Transformer2DModel"
+    assert wanted in kinds
+    deployment.remove()
+    assert not any(type(m).__name__.startswith("Fused") for m in network.modules())
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_each_layer_alone_equals_its_simulation(build):
+    """Layer by layer on the same input, asymmetric weights and zero points included: only rounding of sums differs."""
+    network, state, clock = prepared(build)
+    handle = install(network, state, clock)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args[0], out)))
+        for name, layer in handle.layers.items()
+    ]
+    run(network, clock, 1)
+    for hook in hooks:
+        hook.remove()
+    handle.remove()
+    deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
+    clock.step = 1
+    for name, (x, expected) in seen.items():
+        with torch.no_grad():
+            found = network.get_submodule(name)(x)
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= 2e-6 * expected.norm(), name
+    deployment.remove()
+
+
+def test_layers_that_read_the_same_tensor_share_a_grid():
+    network, state, clock = prepared(conditional)
+    deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
+    attention = next(m for n, m in network.named_modules() if n.endswith("attn1"))
+    assert attention.to_q.first_grid == attention.to_k.first_grid == attention.to_v.first_grid
+    deployment.remove()
+
+
+def test_what_the_operators_do_not_cover_is_simulated_with_the_reason():
+    network, state, clock = prepared(unconditional)
+    network.conv_out.dilation = (2, 2)
+    network.conv_out.padding = (2, 2)
+    deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
+    assert deployment.reasons == {"conv_out": "dilation (2, 2)"}
+    assert run(network, clock, 0).isfinite().all()
+    deployment.remove()
