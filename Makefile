@@ -32,8 +32,10 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-kernels: ## build compiled kernels (none in this version)
-	@echo "Nothing to build: this version has no compiled kernels; the int8 kernels come later."
+# CUTLASS's headers only: what the package's Python part needs is not needed here. No GPU is needed either.
+kernels: setup ## build the GPU's int8 kernels (nvcc, up to 5 GB of memory)
+	@$(PIP) install --no-deps "nvidia-cutlass==4.2.0.0"
+	@$(BIN)/python -m cachequant.kernels.cuda.build
 
 clean: ## remove caches and build products (keeps .venv, runs and plans)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
 from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.graphs import with_graphs
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.step import accelerated_step
@@ -60,8 +61,8 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     Args:
         pipe: the pipeline that the plan was made for.
         plan: a plan or its folder.
-        backend: "cpu-int8" runs real integers on oneDNN; "simulated" computes them in floating point, on any device; "auto"
-            takes the fastest that is exact here.
+        backend: "cpu-int8" runs real integers on oneDNN, "cuda-int8" on a GPU; "simulated" computes them in floating point,
+            on any device; "auto" takes the fastest that is exact here.
 
     Raises:
         UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
@@ -75,7 +76,7 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
     cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
     network = _install(structure, plan, cache, chosen)
-    step = accelerated_step(structure, cache, plan.correction)
+    step = accelerated_step(with_graphs(structure, cache, network), cache, plan.correction)
 
     def check(call: Call) -> None:
         _check_guidance(pipe, plan, structure, call)

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when it is first imported
+
 import pytest
 import torch
 

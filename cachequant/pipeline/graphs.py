@@ -46,6 +46,20 @@ class CudaRecorder:
         return replay
 
 
+def with_graphs(adapter: Adapter, cache: FeatureCache, network: object) -> Any:
+    """The adapter with captured steps if all of the plan's layers run on a GPU, else the adapter itself.
+
+    Args:
+        adapter: of the network.
+        cache: tells the step.
+        network: what `cachequant.quant.deploy.attach` returned, or None.
+    """
+    tables = getattr(network, "tables", None)
+    if tables is None or tables.device.type != "cuda" or getattr(network, "simulation", None) is not None:
+        return adapter
+    return GraphedAdapter(adapter, cache, tables, CudaRecorder())
+
+
 class GraphedAdapter:
     """An adapter whose `full` and `cached` replay graphs; everything else is the wrapped adapter's.
 

@@ -17,6 +17,7 @@ from cachequant.models.adapter import device_of
 from cachequant.models.loading import Generator
 from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.graphs import with_graphs
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
@@ -62,7 +63,7 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     quant = plan.quant if plan else None
     handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context)) if quant else None
     adapter.rebuild()
-    inner = accelerated_step(adapter, cache, correction)
+    inner = accelerated_step(with_graphs(adapter, cache, handle), cache, correction)
     path: list[Tensor] = []
 
     def step(call: Call) -> Tensor:

@@ -53,7 +53,10 @@ class KernelError(RuntimeError):
 @cache
 def _load(variant: Variant) -> ctypes.CDLL:
     problem = _Gemm if variant.operation == "linear" else _Conv
-    library = ctypes.CDLL(str(library_path(variant)))
+    try:
+        library = ctypes.CDLL(str(library_path(variant)))
+    except OSError as error:
+        raise KernelError(f"{variant.name} cannot be loaded ({str(error)[:120]}): build it on this machine") from error
     for function, result in ((library.cq_run, c_int32), (library.cq_workspace, c_int64)):
         function.argtypes, function.restype = (POINTER(problem), POINTER(_Launch)), result
     library.cq_shared_memory.restype = c_int32
