@@ -72,7 +72,12 @@ class DeviceAttention2d(blocks.FusedAttention2d):
 
 
 class DeviceTransformerBlock(blocks.FusedTransformerBlock):
-    """`BasicTransformerBlock`: LayerNorm + quantise, GEGLU + quantise, residuals in the epilogues."""
+    """`BasicTransformerBlock`: LayerNorm + quantise, GEGLU + quantise, residuals in the epilogues; DiT's too."""
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        """A text-to-image block, or a DiT block."""
+        return adaptive(module) if module.norm_type == "ada_norm_zero" else blocks.FusedTransformerBlock.fits(module)
 
     def forward(
         self: Any,
@@ -91,6 +96,8 @@ class DeviceTransformerBlock(blocks.FusedTransformerBlock):
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, **more,
             )  # fmt: skip
+        if self.norm_type == "ada_norm_zero":
+            return adaptive_block(self, hidden_states.contiguous(), timestep, class_labels)
         x = token_attention(self.attn1, self.norm1, hidden_states.contiguous(), None)
         if self.attn2 is not None:
             x = token_attention(self.attn2, self.norm2, x, encoder_hidden_states)
@@ -190,3 +197,39 @@ def token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) -
     if context is not None:
         operands += [layer(context.to(x.dtype)) for layer in (module.to_k, module.to_v)]
     return attend(module, operands, x)
+
+
+def adaptive(module: Any) -> bool:
+    """Whether a block is DiT's: adaptive norms without parameters, self-attention, a tanh GELU, all deployed."""
+    net = module.ff.net
+    return (
+        module.attn2 is None
+        and module.pos_embed is None
+        and blocks._plain_attention(module.attn1)
+        and not module.attn1.residual_connection
+        and module.attn1.group_norm is None
+        and module.norm3.weight is None
+        and type(net[0]).__name__ == "GELU"
+        and blocks._integer(net[0].proj, net[2])
+        and len(net) == 3
+    )
+
+
+def adaptive_block(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> Tensor:
+    """x + gate·attention(modulated norm of x), then the same with the feed-forward layer: [B, N, C]."""
+    ada, net = block.norm1, block.ff.net
+    embedding = ada.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    parts = ada.linear(ada.silu(embedding)).unflatten(1, (6, -1)).transpose(0, 1).contiguous()  # [6, B, C]
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
+    made: dict[int, Tensor] = {}
+    operands = []
+    for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+        if layer.first_grid not in made:
+            made[layer.first_grid] = ops.layer_norm_int8(x, None, None, scale, shift, ada.norm.eps, layer.grids)[0]
+        operands.append(layer.output([made[layer.first_grid]], x.dtype))
+    x = torch.addcmul(x, gate[:, None], attend(block.attn1, operands, None))
+    wide, narrow = net[0].proj, net[2]
+    (q,) = ops.layer_norm_int8(x, None, None, scale_mlp, shift_mlp, block.norm3.eps, wide.grids)
+    hidden = wide.output([q], x.dtype)  # [B, N, F]
+    inner = ops.gelu_int8(hidden, narrow.grids[0], net[0].approximate == "tanh")
+    return torch.addcmul(x, gate_mlp[:, None], narrow.output([inner], x.dtype))

@@ -49,13 +49,26 @@ def conditional_linear() -> nn.Module:
     )  # fmt: skip
 
 
-NETWORKS = (unconditional, conditional, conditional_linear)
+def transformer() -> nn.Module:
+    """DiT blocks."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=4, sample_size=8,
+        num_embeds_ada_norm=10, norm_num_groups=8,
+    )  # fmt: skip
+
+
+NETWORKS = (unconditional, conditional, conditional_linear, transformer)
 
 
 def inputs(network: nn.Module, step: int) -> dict[str, Tensor]:
     torch.manual_seed(step)
     channels = network.config.in_channels
-    made = {"sample": torch.randn(2, channels, 8, 8) * (1 + step), "timestep": torch.tensor(900 - 300 * step)}
+    x, timestep = torch.randn(2, channels, 8, 8) * (1 + step), torch.tensor([900 - 300 * step] * 2)
+    if hasattr(network, "transformer_blocks"):
+        return {"hidden_states": x, "timestep": timestep, "class_labels": torch.tensor([1, 7])}
+    made = {"sample": x, "timestep": timestep}
     if network.config.get("cross_attention_dim"):
         made["encoder_hidden_states"] = torch.randn(2, 5, 24)
     return made
@@ -86,9 +99,11 @@ def prepared(build) -> tuple[nn.Module, QuantState, FeatureCache]:
 
 
 def corrections(state: QuantState) -> Correction:
-    """a₂, b₂ of two layers on one step each."""
+    """a₂, b₂ of three layers on one step each."""
     maps = {}
-    for step, name in enumerate(("conv_out", next(n for n in state.layers if n.endswith("conv1")))):
+    for step, name in enumerate(n for n in state.layers if n.endswith(("conv_out", "conv1", "to_out.0", "proj_out_2"))):
+        if step == STEPS:
+            break
         outputs = len(state.layers[name].weights[0].scale)
         maps[name] = {step: AffineMap(0.8 + 0.4 * torch.rand(outputs), 0.1 * torch.randn(outputs))}
     return Correction(layers=maps)
@@ -120,9 +135,12 @@ def test_every_block_is_fused(build):
     network, state, clock = prepared(build)
     deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
     kinds = {type(m).__name__.removeprefix("Fused") for m in network.modules() if type(m).__name__.startswith("Fused")}
-    assert kinds >= {"ResnetBlock2D", "Upsample2D", "Downsample2D", "UpBlock2D"}
-    wanted = "Attention" if build is unconditional else "Transformer2DModel"
-    assert wanted in kinds
+    image = {"ResnetBlock2D", "Upsample2D", "Downsample2D", "UpBlock2D"}
+    wanted = {
+        unconditional: image | {"Attention"},
+        transformer: {"BasicTransformerBlock"},
+    }.get(build, image | {"Transformer2DModel", "BasicTransformerBlock"})
+    assert kinds >= wanted
     deployment.remove()
     assert not any(type(m).__name__.startswith("Fused") for m in network.modules())
 
