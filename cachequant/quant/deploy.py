@@ -100,7 +100,7 @@ def deploy_on_device(
     """
     from cachequant.kernels.cuda.packing import unsupported
     from cachequant.quant.device_blocks import FORWARDS
-    from cachequant.quant.device_layers import DeviceLayer
+    from cachequant.quant.device_layers import DeviceLayer, join
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
     place = device or next(p.device for p in network.parameters() if not p.is_meta)
@@ -117,6 +117,11 @@ def deploy_on_device(
     if others or state.operands:
         handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
         handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")
+    for module in network.modules():
+        projections = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
+        layers = [layer for layer in projections if isinstance(layer, DeviceLayer)]
+        if len(layers) == len(projections) and not join(layers):
+            join(layers[1:])
     tables.freeze()
     handle.fused = fuse(network, FORWARDS if forwards is None else forwards)
     return handle

@@ -6,6 +6,7 @@ second half of a decoder concat in the epilogue of a product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,12 +61,11 @@ class DeviceAttention2d(blocks.FusedAttention2d):
         ):
             return super().forward(hidden_states, encoder_hidden_states, *args, **kw)
         x = nhwc(hidden_states)  # [B, H, W, C]
-        made: dict[int, Tensor] = {}
-        operands = []
-        for layer in (self.to_q, self.to_k, self.to_v):
-            if layer.first_grid not in made:
-                made[layer.first_grid] = normalise(self.group_norm, [x], layer, None, False)[0].flatten(1, 2)
-            operands.append(layer.output([made[layer.first_grid]], x.dtype))  # [B, N, C]
+        operands = project(
+            (self.to_q, self.to_k, self.to_v),
+            lambda layer: normalise(self.group_norm, [x], layer, None, False)[0].flatten(1, 2),
+            x.dtype,
+        )
         plus = x.flatten(1, 2) if self.residual_connection else None
         out = nchw(attend(self, operands, plus).view(x.shape))
         return out if self.rescale_output_factor == 1.0 else out.div_(self.rescale_output_factor)
@@ -174,6 +174,24 @@ FORWARDS: dict[str, type[blocks.Fused]] = {
 """diffusers' class -> fused forward on the GPU."""
 
 
+def project(layers: tuple[DeviceLayer, ...], read: Callable[[DeviceLayer], Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs [..., N_i] of layers that read the same tensor; integers that several read are made once.
+
+    Args:
+        layers: linear layers, perhaps joined.
+        read: gives the integers of the tensor on a layer's grid.
+        dtype: of the outputs.
+    """
+    made: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
+    while len(outputs) < len(layers):
+        layer = layers[len(outputs)]
+        if layer.first_grid not in made:
+            made[layer.first_grid] = read(layer)
+        outputs += layer.outputs(made[layer.first_grid], dtype)
+    return outputs
+
+
 def attend(module: Any, operands: list[Tensor], plus: Tensor | None) -> Tensor:
     """Attention of query, key and value [B, ·, C] and its output projection (+ plus): [B, N, C']."""
     q, k, v = (t.unflatten(2, (module.heads, -1)).transpose(1, 2) for t in operands)  # [B, H, ·, d]
@@ -185,17 +203,16 @@ def attend(module: Any, operands: list[Tensor], plus: Tensor | None) -> Tensor:
 
 def token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) -> Tensor:
     """x + attention(LayerNorm(x), context): [B, N, C]."""
-    readers = (module.to_q,) if context is not None else (module.to_q, module.to_k, module.to_v)
-    made: dict[int, Tensor] = {}
-    operands = []
-    for layer in readers:
-        if layer.first_grid not in made:
-            made[layer.first_grid] = ops.layer_norm_int8(x, norm.weight, norm.bias, None, None, norm.eps, layer.grids)[
-                0
-            ]
-        operands.append(layer.output([made[layer.first_grid]], x.dtype))
-    if context is not None:
-        operands += [layer(context.to(x.dtype)) for layer in (module.to_k, module.to_v)]
+    layers = (module.to_q, module.to_k, module.to_v)
+
+    def normed(layer: DeviceLayer) -> Tensor:
+        return ops.layer_norm_int8(x, norm.weight, norm.bias, None, None, norm.eps, layer.grids)[0]
+
+    if context is None:
+        return attend(module, project(layers, normed, x.dtype), x)
+    rows = context.to(x.dtype).flatten(0, 1).contiguous()
+    operands = project(layers[:1], normed, x.dtype)
+    operands += project(layers[1:], lambda layer: layer.quantize([rows])[0].view(context.shape), x.dtype)
     return attend(module, operands, x)
 
 
@@ -221,12 +238,11 @@ def adaptive_block(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> T
     embedding = ada.emb(timestep, class_labels, hidden_dtype=x.dtype)
     parts = ada.linear(ada.silu(embedding)).unflatten(1, (6, -1)).transpose(0, 1).contiguous()  # [6, B, C]
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
-    made: dict[int, Tensor] = {}
-    operands = []
-    for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
-        if layer.first_grid not in made:
-            made[layer.first_grid] = ops.layer_norm_int8(x, None, None, scale, shift, ada.norm.eps, layer.grids)[0]
-        operands.append(layer.output([made[layer.first_grid]], x.dtype))
+    operands = project(
+        (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
+        lambda layer: ops.layer_norm_int8(x, None, None, scale, shift, ada.norm.eps, layer.grids)[0],
+        x.dtype,
+    )
     x = torch.addcmul(x, gate[:, None], attend(block.attn1, operands, None))
     wide, narrow = net[0].proj, net[2]
     (q,) = ops.layer_norm_int8(x, None, None, scale_mlp, shift_mlp, block.norm3.eps, wide.grids)

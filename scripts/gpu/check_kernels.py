@@ -160,8 +160,8 @@ def attempt(kernel: str, case: str, check: Callable[..., Case], *arguments: Any)
         made = check(*arguments)
         torch.cuda.synchronize()
         return made
-    except RuntimeError as error:
-        return Case(kernel, f"{case}: {str(error).splitlines()[0][:150]}", float("inf"), 0.0, False)
+    except Exception as error:  # Triton's errors share no base with torch's
+        return Case(kernel, f"{case}: {type(error).__name__} {str(error)[:150]}", float("inf"), 0.0, False)
 
 
 def grid(zero: float, step: float = 0.03) -> Tensor:

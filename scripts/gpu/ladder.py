@@ -202,9 +202,9 @@ class Ladder:
             print(
                 f"{name:34} full {ms[0]:7.2f} ({full:5.1f} predicted)  cached {ms[1]:6.2f} ({cached:5.2f})", flush=True
             )
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            row = {"rung": name, "failed": str(error)[:500]}
-            print(f"{name:34} FAILED {str(error).splitlines()[0][:150]}", flush=True)
+        except Exception as error:  # whatever it is, the next rung may run
+            row = {"rung": name, "failed": f"{type(error).__name__} {error}"[:500]}
+            print(f"{name:34} FAILED {type(error).__name__} {str(error)[:150]}", flush=True)
             torch.cuda.synchronize()
         row["seconds"] = time.perf_counter() - start
         self.content["rungs"].append(row)

@@ -55,9 +55,9 @@ def layer(x: torch.Tensor, w: torch.Tensor, stride: int) -> dict[str, Any]:
                     x, w, (stride, stride), scale, shift, source, 1.0, None, None, out, name=name
                 )
             )
-        except RuntimeError as error:
+        except Exception as error:  # Triton's errors share no base with torch's
             times[name] = math.nan
-            print(f"{name}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+            print(f"{name}: {type(error).__name__} {str(error)[:150]}", file=sys.stderr)
     call = ops.int8_linear if x.dim() == 2 else ops.int8_conv2d
     last = (torch.float16,) if x.dim() == 2 else ([stride, stride], torch.float16)
     call(x, w, scale, shift, source, 1.0, None, None, *last)  # files the choice

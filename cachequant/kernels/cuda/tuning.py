@@ -113,9 +113,9 @@ class TuningTable:
         for name in names:
             try:
                 times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except Exception as error:  # Triton's errors share no base with torch's; the reason is kept
                 torch.cuda.empty_cache()
-                reasons.append(f"{name}: {str(error).splitlines()[0][:120]}")
+                reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}")
                 self.failures[f"{name} {key}"] = reasons[-1]
         if not times:
             raise RuntimeError(f"no kernel runs {key}: {'; '.join(reasons)}")
