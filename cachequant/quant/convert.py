@@ -82,13 +82,16 @@ class QuantizedNetwork:
         self.attentions.clear()
 
 
-def fresh_state(network: nn.Module, plans: dict[str, LayerPlan], weight_search: str) -> QuantState:
+def fresh_state(
+    network: nn.Module, plans: dict[str, LayerPlan], weight_search: str, symmetric: bool = False
+) -> QuantState:
     """Integer weights of every planned layer, with input tables still empty."""
     layers = {}
     for name, plan in plans.items():
         weight = cast(Layer, network.get_submodule(name)).weight
         widths = (plan.split, weight.shape[1] - plan.split) if plan.split else (weight.shape[1],)
-        grids = tuple(quantize_weight(w, plan.weight_bits, weight_search) for w in weight.split(widths, dim=1))
+        parts = weight.split(widths, dim=1)
+        grids = tuple(quantize_weight(w, plan.weight_bits, weight_search, symmetric) for w in parts)
         layers[name] = LayerQuant(grids, tuple(empty_table(plan.activation_bits) for _ in widths), widths)
     return QuantState(layers)
 

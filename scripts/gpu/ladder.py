@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from cachequant.pipeline.graphs import CudaRecorder, GraphedAdapter
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.deploy import deploy_on_device
 from cachequant.quant.device_blocks import FORWARDS
-from cachequant.quant.layers import Mode
-from cachequant.types import LayerQuant, QuantState, Schedule, WeightGrid
+from cachequant.quant.layers import Mode, quantize_weight
+from cachequant.types import LayerQuant, QuantState, Schedule
 
 RESNETS = ("ResnetBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 BLOCKS = (*RESNETS, "BasicTransformerBlock")
@@ -104,12 +105,9 @@ def symmetric(network: nn.Module, state: QuantState) -> QuantState:
     layers = {}
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
-        grids = []
-        for part in source.weight.detach().float().split(layer.widths, dim=1):
-            scale = part.flatten(1).abs().amax(1) / 127
-            values = (part / scale.view(-1, *[1] * (part.dim() - 1))).round() + 128
-            grids.append(WeightGrid(values.to(torch.uint8), scale, torch.full_like(scale, 128.0), 8))
-        layers[name] = LayerQuant(tuple(grids), layer.inputs, layer.widths)
+        parts = source.weight.split(layer.widths, dim=1)
+        grids = tuple(quantize_weight(part, 8, "minmax", symmetric=True) for part in parts)
+        layers[name] = LayerQuant(grids, layer.inputs, layer.widths)
     return QuantState(layers)
 
 
@@ -203,7 +201,7 @@ class Ladder:
                 f"{name:34} full {ms[0]:7.2f} ({full:5.1f} predicted)  cached {ms[1]:6.2f} ({cached:5.2f})", flush=True
             )
         except Exception as error:  # whatever it is, the next rung may run
-            row = {"rung": name, "failed": f"{type(error).__name__} {error}"[:500]}
+            row = {"rung": name, "failed": traceback.format_exc()[-2000:]}
             print(f"{name:34} FAILED {type(error).__name__} {str(error)[:150]}", flush=True)
             torch.cuda.synchronize()
         row["seconds"] = time.perf_counter() - start

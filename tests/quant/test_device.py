@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.kernels.cuda.packing import DeviceWeight
 from cachequant.models.adapter import adapter
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.deploy import deploy_on_device
-from cachequant.quant.layers import Mode
+from cachequant.quant.layers import Mode, quantize_weight
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
 
 STEPS = 3
@@ -236,6 +237,18 @@ def test_layers_that_read_the_same_integers_are_one_product():
         for layer, made in zip(layers, together, strict=True):
             torch.testing.assert_close(made, layer.output([q], torch.float32))
     deployment.remove()
+
+
+def test_symmetric_weights_need_no_sums_and_are_about_as_good():
+    weight = torch.randn(48, 32, 3, 3)
+    errors = []
+    for symmetric in (False, True):
+        grid = quantize_weight(weight, 8, "mse", symmetric)
+        packed = DeviceWeight.of(grid, torch.device("cpu"))
+        assert (packed.offset is None) is symmetric
+        restored = (grid.values.float() - grid.zero_point.view(-1, 1, 1, 1)) * grid.scale.view(-1, 1, 1, 1)
+        errors.append((restored - weight).norm() / weight.norm())
+    assert errors[1] < 0.01 and errors[1] < 1.3 * errors[0]
 
 
 def test_what_the_operators_do_not_cover_is_simulated_with_the_reason():
