@@ -48,4 +48,6 @@ def choose_backend(requested: str, device: torch.device) -> Backend:
 def _between() -> str:
     """What runs between two products."""
     reason = load_native()
-    return ", C++ operators between them" if reason is None else f", plain torch between them, which is slower: {reason}"
+    return (
+        ", C++ operators between them" if reason is None else f", plain torch between them, which is slower: {reason}"
+    )

@@ -204,19 +204,47 @@ void add_terms(const Tensor& x, const std::optional<Tensor>& other, const Tensor
   });
 }
 
-// Sum of q - zero over each row of integers [R, C]: [R].
-Tensor row_sums(const Tensor& q, int64_t zero) {
-  TORCH_CHECK(q.dim() == 2 && q.scalar_type() == at::kByte && q.is_contiguous(), "row_sums: q must be uint8 rows [R, C]");
-  const int64_t rows = q.size(0), width = q.size(1);
-  const uint8_t* in = q.const_data_ptr<uint8_t>();
-  Tensor out = at::empty({rows}, q.options().dtype(at::kFloat));
-  float* sums = out.mutable_data_ptr<float>();
+void row_sums(const uint8_t* q, int64_t rows, int64_t width, int64_t zero, float* sums) {
   at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       int32_t sum = 0;
-      const uint8_t* row = in + r * width;
+      const uint8_t* row = q + r * width;
       for (int64_t c = 0; c < width; ++c) sum += row[c];
       sums[r] = static_cast<float>(sum - zero * width);
+    }
+  });
+}
+
+// Sum of q - zero over everything that each output pixel of a convolution reads: q is uint8 [B, H, W, C] -> [B * H' * W'].
+// Padding stands for zero. place: kernel, stride, padding and dilation, two numbers each.
+Tensor window_sums(const Tensor& q, int64_t zero, at::IntArrayRef place) {
+  TORCH_CHECK(q.dim() == 4 && q.scalar_type() == at::kByte && q.is_contiguous() && place.size() == 8,
+              "window_sums: q must be uint8 [B, H, W, C]");
+  const int64_t batch = q.size(0), height = q.size(1), width = q.size(2);
+  int64_t size[2];
+  for (int i = 0; i < 2; ++i)
+    size[i] = (q.size(1 + i) + 2 * place[4 + i] - place[6 + i] * (place[i] - 1) - 1) / place[2 + i] + 1;
+  std::vector<float> pixel(batch * height * width);
+  row_sums(q.const_data_ptr<uint8_t>(), batch * height * width, q.size(3), zero, pixel.data());
+  Tensor out = at::empty({batch * size[0] * size[1]}, q.options().dtype(at::kFloat));
+  float* sums = out.mutable_data_ptr<float>();
+  at::parallel_for(0, batch * size[0], 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* picture = pixel.data() + r / size[0] * height * width;
+      const int64_t top = r % size[0] * place[2] - place[4];
+      for (int64_t j = 0; j < size[1]; ++j) {
+        const int64_t left = j * place[3] - place[5];
+        float sum = 0.0f;
+        for (int64_t u = 0; u < place[0]; ++u) {
+          const int64_t y = top + u * place[6];
+          if (y < 0 || y >= height) continue;
+          for (int64_t v = 0; v < place[1]; ++v) {
+            const int64_t x = left + v * place[7];
+            if (x >= 0 && x < width) sum += picture[y * width + x];
+          }
+        }
+        sums[r * size[1] + j] = sum;
+      }
     }
   });
   return out;
@@ -602,7 +630,7 @@ TORCH_LIBRARY(cachequant, m) {
   m.def("group_norm(Tensor x, Tensor? other, Tensor? sums, Tensor? columns, Tensor? skip, Tensor? shift, Tensor gamma, "
         "Tensor beta, int groups, float eps, bool activate, float[] grids) -> Tensor[]");
   m.def("add_terms(Tensor(a!) x, Tensor? other, Tensor sums, Tensor columns) -> ()");
-  m.def("row_sums(Tensor q, int zero) -> Tensor");
+  m.def("window_sums(Tensor q, int zero, int[] place) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor gamma, Tensor beta, float eps, float[] grids) -> Tensor[]");
   m.def("geglu(Tensor x, float[] grid) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, int heads, float scale, float[] grid) -> Tensor");
@@ -612,7 +640,7 @@ TORCH_LIBRARY_IMPL(cachequant, CPU, m) {
   m.impl("quantize", quantize);
   m.impl("group_norm", group_norm);
   m.impl("add_terms", add_terms);
-  m.impl("row_sums", row_sums);
+  m.impl("window_sums", window_sums);
   m.impl("layer_norm", layer_norm);
   m.impl("geglu", geglu);
   m.impl("attention", attention);
