@@ -32,8 +32,8 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-kernels: ## build compiled kernels (none in this version)
-	@echo "Nothing to build: this version has no compiled kernels; the int8 kernels come later."
+kernels: setup ## build the C++ operators now instead of at their first use
+	@$(BIN)/python -c "from cachequant.kernels.native import load_native; print(load_native() or 'the C++ operators are built')"
 
 clean: ## remove caches and build products (keeps .venv, runs and plans)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

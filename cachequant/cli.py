@@ -65,13 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(commands: Any) -> None:
-    bench = _command(commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench)
+    bench = _command(
+        commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench
+    )
     bench.add_argument("config", type=Path, help="YAML, such as configs/cifar10.yaml")
     modes = "fp32,int8,cache,cachequant"
-    bench.add_argument("--modes", default=modes, help=f"of fp32,compile,openvino,int8,cache,cachequant; default {modes}")
+    bench.add_argument(
+        "--modes", default=modes, help=f"of fp32,compile,openvino,int8,cache,cachequant; default {modes}"
+    )
     bench.add_argument("--rounds", type=int, default=3, help="runs of each mode, default 3")
     bench.add_argument("--batch", type=int, help="images at once, default sample.batch_size")
-    bench.add_argument("--random-weights", action="store_true", help="the architecture of model.family with random weights")
+    bench.add_argument(
+        "--random-weights", action="store_true", help="the architecture of model.family with random weights"
+    )
     bench.epilog = (
         "Threads are those of OMP_NUM_THREADS. --json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], "
         "batch, machine, threads, versions, …}; milliseconds per evaluation and batch"

@@ -36,7 +36,9 @@ class FakeQuantLayer(nn.Module):
         dim = 1 if self.geometry.is_conv else -1
         parts = x.split(self.widths, dim=dim) if len(self.widths) > 1 else (x,)
         total = None
-        for part, (scale, zero, levels), weight in zip(parts, self.grids, self.weight.split(self.widths, 1), strict=True):
+        for part, (scale, zero, levels), weight in zip(
+            parts, self.grids, self.weight.split(self.widths, 1), strict=True
+        ):
             q = torch.fake_quantize_per_tensor_affine(part, scale, zero, 0, levels)
             steps = weight.detach().flatten(1).abs().amax(1).clamp(min=1e-8) / 127  # [O]
             zeros = torch.zeros(len(steps), dtype=torch.int32)
@@ -79,13 +81,19 @@ def compile_openvino(
     try:
         import openvino
     except ImportError:
-        raise UserError("mode openvino needs OpenVINO: pip install 'cachequant[bench]', or leave the mode out") from None
+        raise UserError(
+            "mode openvino needs OpenVINO: pip install 'cachequant[bench]', or leave the mode out"
+        ) from None
     twin = copy.deepcopy(denoiser)
     for name, layer in state.layers.items():
         replace_module(twin, name, FakeQuantLayer(twin.get_submodule(name), layer))
     names = tuple(kwargs)
     model = openvino.convert_model(_Positional(twin, names), example_input=(x, timestep, *kwargs.values()))
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def run(x: Tensor, timestep: Tensor, kwargs: dict[str, Tensor]) -> Tensor:

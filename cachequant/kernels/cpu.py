@@ -34,7 +34,7 @@ def unavailable() -> str | None:
 
 
 def _probe() -> str | None:
-    """Run one saturating convolution and product and compare exactly: old processors overflow, other builds lack operators."""
+    """Run one saturating convolution and product: old processors overflow, other builds lack the operators."""
     x = torch.full((1, 32, 2, 2), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     grid = WeightGrid(torch.full((16, 32, 1, 1), 255, dtype=torch.uint8), torch.ones(16), torch.full((16,), 128.0), 8)
     flat = WeightGrid(grid.values[:, :, 0, 0], grid.scale, grid.zero_point, 8)

@@ -58,9 +58,12 @@ def random_pipeline(family: str, seed: int = 0) -> Any:
         UserError: unknown family.
     """
     from cachequant.models.families import pixel_scheduler, plms_scheduler
-    from cachequant.models.pipelines import PixelDDIMPipeline, RandomTextPipeline
 
     denoiser = random_denoiser(family, seed)
     if family == "ddpm-cifar10":
+        from cachequant.models.pipelines import PixelDDIMPipeline
+
         return PixelDDIMPipeline(denoiser, pixel_scheduler())
+    from cachequant.models.random_text import RandomTextPipeline
+
     return RandomTextPipeline(denoiser, plms_scheduler(beta_start=0.00085, beta_end=0.012))

@@ -89,7 +89,10 @@ def format_bench(result: dict[str, Any]) -> str:
     rows, base = result["rows"], result["rows"][0]
     lines = [f"{'mode':<12}{'ms/step':>10}{'full':>10}{'cached':>10}   against {base['mode']}: per step, full step"]
     for row in rows:
-        cells = [f"{row[k]:10.1f}" if row[k] is not None else f"{'–':>10}" for k in ("ms_per_step", "ms_full_step", "ms_cached_step")]
+        cells = [
+            f"{row[k]:10.1f}" if row[k] is not None else f"{'–':>10}"
+            for k in ("ms_per_step", "ms_full_step", "ms_cached_step")
+        ]
         full = f"{base['ms_full_step'] / row['ms_full_step']:.2f}×" if row["ms_full_step"] else "–"
         lines.append(f"{row['mode']:<12}{''.join(cells)}   {base['ms_per_step'] / row['ms_per_step']:.2f}×, {full}")
     return "\n".join(lines)

@@ -32,9 +32,13 @@ def timing_plan(context: Context, call: Call) -> Plan:
     cached = [step for step in range(context.num_steps) if not schedule.is_refresh(step)]
     channels = call.x.shape[1]
     correction = Correction(
-        {step: _identity(context.adapter.width, config.correction.forecast) for step in cached} if config.correction.cache else {},
+        {step: _identity(context.adapter.width, config.correction.forecast) for step in cached}
+        if config.correction.cache
+        else {},
         {},
-        {step: _identity(channels, True) for step in range(context.num_steps)} if config.correction.output != "none" else {},
+        {step: _identity(channels, True) for step in range(context.num_steps)}
+        if config.correction.output != "none"
+        else {},
     )
     quant = _observe(context, call) if config.quant.enabled else None
     return Plan(config, context.identity, context.timesteps, schedule, correction, quant)

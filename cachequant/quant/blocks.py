@@ -117,7 +117,7 @@ class FusedAttention2d(Fused):
 
 
 class FusedTransformerBlock(Fused):
-    """`BasicTransformerBlock`: LayerNorm + quantise in one pass, attention in blocks, GEGLU + quantise a few rows at a time."""
+    """`BasicTransformerBlock`: LayerNorm + quantise in one pass, attention in blocks, GEGLU a few rows at a time."""
 
     @staticmethod
     def fits(module: Any) -> bool:
