@@ -51,7 +51,16 @@ def test_integers_are_exactly_those_of_the_simulation(either: str, bits: int, ze
 
 
 @settings(deadline=None, max_examples=40)
-@given(SEEDS, st.integers(1, 3), st.integers(8, 150), WIDTHS, st.booleans(), st.booleans(), st.integers(0, 2), st.booleans())
+@given(
+    SEEDS,
+    st.integers(1, 3),
+    st.integers(8, 150),
+    WIDTHS,
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2),
+    st.booleans(),
+)
 def test_group_norm_of_a_sum_over_a_concat(
     seed: int, batch: int, pixels: int, width: int, concat: bool, shifted: bool, outer: int, native: bool
 ) -> None:
@@ -116,7 +125,9 @@ def test_layer_norm_and_geglu(either: str) -> None:
     off_by_rounding(geglu(x, grids[0]), value * F.gelu(gate), grids[0])
 
 
-@pytest.mark.parametrize(("queries", "keys", "heads", "width"), [(1, 1, 1, 4), (70, 77, 2, 40), (50, 1030, 1, 33), (9, 600, 3, 16)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "width"), [(1, 1, 1, 4), (70, 77, 2, 40), (50, 1030, 1, 33), (9, 600, 3, 16)]
+)
 def test_attention(either: str, queries: int, keys: int, heads: int, width: int) -> None:
     """Against float64 softmax attention: short last blocks, several key blocks, large scores."""
     draw = torch.Generator().manual_seed(3)
