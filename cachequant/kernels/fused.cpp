@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -531,6 +532,26 @@ float softmax_row(float* scores, int64_t keys, int64_t padded, float& top, float
   return shrink;
 }
 
+template <int kStep, size_t... kLane>
+inline void exchange(Vector& a, Vector& b, std::index_sequence<kLane...>) {
+  const Vector low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = low;
+}
+
+template <int kStep>
+inline void exchange_all(Vector* rows) {
+  for (int64_t i = 0; i < kLanes; ++i)
+    if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<kLanes>{});
+}
+
+inline void transpose(Vector* rows) {  // 16 × 16
+  exchange_all<8>(rows);
+  exchange_all<4>(rows);
+  exchange_all<2>(rows);
+  exchange_all<1>(rows);
+}
+
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Attention {
@@ -544,14 +565,21 @@ struct Attention {
   // Keys as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one head.
   void pack(int64_t task, float* panels) const {
     const int64_t b = task / heads, h = task % heads;
-    float* v = values_of(panels);
+    const float *k = key + b * keys * row_k + h * width, *v = value + b * keys * row_v + h * width;
+    for (int64_t j = 0; j < padded_keys; j += kLanes)
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const int64_t count = std::min(kLanes, width - d);
+        Vector tile[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) tile[i] = j + i < keys ? load(k + (j + i) * row_k + d, count) : Vector{};
+        transpose(tile);
+        float* column = panels + j / kPanel * kPanel * width + d * kPanel + j % kPanel;
+        for (int64_t i = 0; i < count; ++i) store(column + i * kPanel, tile[i]);
+      }
+    float* rows = values_of(panels);
     for (int64_t j = 0; j < padded_keys; ++j) {
-      float* column = panels + j / kPanel * kPanel * width + j % kPanel;
-      const bool inside = j < keys;
-      const float* k_row = key + (b * keys + j) * row_k + h * width;
-      const float* v_row = value + (b * keys + j) * row_v + h * width;
-      for (int64_t d = 0; d < width; ++d) column[d * kPanel] = inside ? k_row[d] : 0.0f;
-      for (int64_t d = 0; d < padded_width; ++d) v[j * padded_width + d] = inside && d < width ? v_row[d] : 0.0f;
+      const int64_t inside = j < keys ? width : 0;
+      std::copy(v + j * row_v, v + j * row_v + inside, rows + j * padded_width);
+      std::fill(rows + j * padded_width + inside, rows + (j + 1) * padded_width, 0.0f);
     }
   }
 
