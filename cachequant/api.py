@@ -114,7 +114,9 @@ def disable(pipe: Any) -> Any:
     """
     state = _require(pipe)
     if is_skeleton(state.adapter.denoiser):
-        raise UserError("this denoiser was loaded from its plan, so there is no full-precision model to go back to: load it")
+        raise UserError(
+            "this denoiser was loaded from its plan, so there is no full-precision model to go back to: load it"
+        )
     state.hook.remove()
     _uninstall(state.adapter, state.network)
     object.__delattr__(state.adapter.denoiser, "_cachequant")
@@ -224,7 +226,9 @@ def _layer_lines(state: Acceleration) -> list[str]:
     """How many layers run in integers, what is simulated and what stays in full precision, each with its reason."""
     network = state.network
     simulated = network.reasons if isinstance(network, Deployment) else {}
-    lines = [f"layers       {len(network.replaced) if network else 0} quantised; in full precision: {_float_layers(state)}"]
+    lines = [
+        f"layers       {len(network.replaced) if network else 0} quantised; in full precision: {_float_layers(state)}"
+    ]
     if isinstance(network, Deployment):
         lines.append(f"integers     {len(network.integer)} layers, {len(network.fused)} blocks fused around them")
     lines += [f"simulated    {name}: {reason}" for name, reason in simulated.items()]

@@ -56,11 +56,32 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("plan", type=Path, help="plan folder")
     sample.add_argument("out", type=Path, help="folder for images.safetensors and grid.png")
     sample.epilog = "--json: {images: file, count: int, seconds: float}; --set changes sample.* and backend only"
+    _add_bench(commands)
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
     _add_convert(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _command(
+        commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench
+    )
+    bench.add_argument("config", type=Path, help="YAML, such as configs/cifar10.yaml")
+    modes = "fp32,int8,cache,cachequant"
+    bench.add_argument(
+        "--modes", default=modes, help=f"of fp32,compile,openvino,int8,cache,cachequant; default {modes}"
+    )
+    bench.add_argument("--rounds", type=int, default=3, help="runs of each mode, default 3")
+    bench.add_argument("--batch", type=int, help="images at once, default sample.batch_size")
+    bench.add_argument(
+        "--random-weights", action="store_true", help="the architecture of model.family with random weights"
+    )
+    bench.epilog = (
+        "Threads are those of OMP_NUM_THREADS. --json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], "
+        "batch, machine, threads, versions, …}; milliseconds per evaluation and batch"
+    )
 
 
 def _add_convert(commands: Any) -> None:
@@ -137,6 +158,26 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{plan.summary()}\nplan         {folder}\nimages       {images}/grid.png, {samples.seconds:.1f} s")
     steps = list(plan.schedule.refresh_steps)
     _report_json(args, {"plan": str(folder), "images": str(images), "refresh_steps": steps, "seconds": samples.seconds})
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from cachequant.config import load_config
+    from cachequant.models.loading import load_pipeline
+    from cachequant.pipeline.bench import format_bench, run_bench
+    from cachequant.pipeline.context import Context
+
+    config = load_config(args.config, [*args.set, *([f"sample.batch_size={args.batch}"] if args.batch else [])])
+    if args.random_weights:
+        from cachequant.models.architectures import random_pipeline
+
+        pipe = random_pipeline(config.model.family)
+        config.sampler.prompts = config.calibration.prompts = None
+    else:
+        pipe = load_pipeline(config.model, config.device if args.device == "auto" else args.device)
+    result = run_bench(Context.of(pipe, config), tuple(args.modes.split(",")), args.rounds)
+    result["model"] += " with random weights" if args.random_weights else ""
+    print(format_bench(result))
+    _report_json(args, result)
 
 
 def _calibrate(args: argparse.Namespace) -> None:

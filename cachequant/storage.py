@@ -236,7 +236,9 @@ class StoredLayers(Mapping[str, LayerQuant]):
         prefix = f"layers.{name}"
         with safe_open(self.path, framework="pt") as handle:
             flat = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith(f"{prefix}.")}  # noqa: SIM118
-        flat = {key: value if key.endswith(".weight") else value.clone() for key, value in flat.items()}  # the rest is small
+        flat = {
+            key: value if key.endswith(".weight") else value.clone() for key, value in flat.items()
+        }  # the rest is small
         own = {key: value for key, value in flat.items() if key[len(prefix) + 1 :].split(".")[0].isdigit()}
         return _unpack_layer(prefix, {**own, f"{prefix}.widths": flat[f"{prefix}.widths"]})
 

@@ -13,10 +13,9 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cachequant.kernels.fused import Grid, row_sums
+from cachequant.kernels.fused import Grid, window_sums
 from cachequant.kernels.reference import Geometry
 from cachequant.types import WeightGrid
 
@@ -35,7 +34,7 @@ def unavailable() -> str | None:
 
 
 def _probe() -> str | None:
-    """Run one saturating convolution and product and compare exactly: old processors overflow, other builds lack operators."""
+    """Run one saturating convolution and product: old processors overflow, other builds lack the operators."""
     x = torch.full((1, 32, 2, 2), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     grid = WeightGrid(torch.full((16, 32, 1, 1), 255, dtype=torch.uint8), torch.ones(16), torch.full((16,), 128.0), 8)
     flat = WeightGrid(grid.values[:, :, 0, 0], grid.scale, grid.zero_point, 8)
@@ -119,7 +118,9 @@ class PackedWeight:
         """Height and width of the output of a convolution."""
         if self.padding is None:
             return height, width
-        place = zip((height, width), self.kernel, self.geometry.stride, self.padding, self.geometry.dilation, strict=True)
+        place = zip(
+            (height, width), self.kernel, self.geometry.stride, self.padding, self.geometry.dilation, strict=True
+        )
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in place)
 
     def convolve(self, x: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -151,14 +152,12 @@ class PackedWeight:
         kind = "sum" if reuse else "add"
         return op.binary(*head, plus, bias, 1.0, 0, torch.float32, 1.0, 0, kind, 1.0, "none", [], "")
 
-    def window_sums(self, x: Tensor, grid: Grid) -> Tensor:
+    def sums(self, x: Tensor, grid: Grid) -> Tensor:
         """Σ (x - z) over everything that each output pixel or row reads: float32 [R]."""
-        sums = row_sums(rows_of(x, self.geometry), grid.zero_point)
-        if self.is_matrix:
-            return sums
-        picture = sums.view(x.shape[0], 1, x.shape[2], x.shape[3])
-        place = (list(self.geometry.stride), self.padding, list(self.geometry.dilation))
-        return F.conv2d(picture, torch.ones(1, 1, *self.kernel), None, *place).flatten()
+        if self.padding is None:
+            return window_sums(rows_of(x, self.geometry)[:, None, None], grid.zero_point, (1, 1, 1, 1, 0, 0, 1, 1))
+        place = (*self.kernel, *self.geometry.stride, *self.padding, *self.geometry.dilation)
+        return window_sums(x.permute(0, 2, 3, 1), grid.zero_point, place)
 
 
 def trim_heap() -> None:

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -204,19 +205,47 @@ void add_terms(const Tensor& x, const std::optional<Tensor>& other, const Tensor
   });
 }
 
-// Sum of q - zero over each row of integers [R, C]: [R].
-Tensor row_sums(const Tensor& q, int64_t zero) {
-  TORCH_CHECK(q.dim() == 2 && q.scalar_type() == at::kByte && q.is_contiguous(), "row_sums: q must be uint8 rows [R, C]");
-  const int64_t rows = q.size(0), width = q.size(1);
-  const uint8_t* in = q.const_data_ptr<uint8_t>();
-  Tensor out = at::empty({rows}, q.options().dtype(at::kFloat));
-  float* sums = out.mutable_data_ptr<float>();
+void row_sums(const uint8_t* q, int64_t rows, int64_t width, int64_t zero, float* sums) {
   at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       int32_t sum = 0;
-      const uint8_t* row = in + r * width;
+      const uint8_t* row = q + r * width;
       for (int64_t c = 0; c < width; ++c) sum += row[c];
       sums[r] = static_cast<float>(sum - zero * width);
+    }
+  });
+}
+
+// Sum of q - zero over everything that each output pixel of a convolution reads: q is uint8 [B, H, W, C] -> [B * H' * W'].
+// Padding stands for zero. place: kernel, stride, padding and dilation, two numbers each.
+Tensor window_sums(const Tensor& q, int64_t zero, at::IntArrayRef place) {
+  TORCH_CHECK(q.dim() == 4 && q.scalar_type() == at::kByte && q.is_contiguous() && place.size() == 8,
+              "window_sums: q must be uint8 [B, H, W, C]");
+  const int64_t batch = q.size(0), height = q.size(1), width = q.size(2);
+  int64_t size[2];
+  for (int i = 0; i < 2; ++i)
+    size[i] = (q.size(1 + i) + 2 * place[4 + i] - place[6 + i] * (place[i] - 1) - 1) / place[2 + i] + 1;
+  std::vector<float> pixel(batch * height * width);
+  row_sums(q.const_data_ptr<uint8_t>(), batch * height * width, q.size(3), zero, pixel.data());
+  Tensor out = at::empty({batch * size[0] * size[1]}, q.options().dtype(at::kFloat));
+  float* sums = out.mutable_data_ptr<float>();
+  at::parallel_for(0, batch * size[0], 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* picture = pixel.data() + r / size[0] * height * width;
+      const int64_t top = r % size[0] * place[2] - place[4];
+      for (int64_t j = 0; j < size[1]; ++j) {
+        const int64_t left = j * place[3] - place[5];
+        float sum = 0.0f;
+        for (int64_t u = 0; u < place[0]; ++u) {
+          const int64_t y = top + u * place[6];
+          if (y < 0 || y >= height) continue;
+          for (int64_t v = 0; v < place[1]; ++v) {
+            const int64_t x = left + v * place[7];
+            if (x >= 0 && x < width) sum += picture[y * width + x];
+          }
+        }
+        sums[r * size[1] + j] = sum;
+      }
     }
   });
   return out;
@@ -503,6 +532,26 @@ float softmax_row(float* scores, int64_t keys, int64_t padded, float& top, float
   return shrink;
 }
 
+template <int kStep, size_t... kLane>
+inline void exchange(Vector& a, Vector& b, std::index_sequence<kLane...>) {
+  const Vector low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = low;
+}
+
+template <int kStep>
+inline void exchange_all(Vector* rows) {
+  for (int64_t i = 0; i < kLanes; ++i)
+    if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<kLanes>{});
+}
+
+inline void transpose(Vector* rows) {  // 16 × 16
+  exchange_all<8>(rows);
+  exchange_all<4>(rows);
+  exchange_all<2>(rows);
+  exchange_all<1>(rows);
+}
+
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Attention {
@@ -516,14 +565,21 @@ struct Attention {
   // Keys as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one head.
   void pack(int64_t task, float* panels) const {
     const int64_t b = task / heads, h = task % heads;
-    float* v = values_of(panels);
+    const float *k = key + b * keys * row_k + h * width, *v = value + b * keys * row_v + h * width;
+    for (int64_t j = 0; j < padded_keys; j += kLanes)
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const int64_t count = std::min(kLanes, width - d);
+        Vector tile[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) tile[i] = j + i < keys ? load(k + (j + i) * row_k + d, count) : Vector{};
+        transpose(tile);
+        float* column = panels + j / kPanel * kPanel * width + d * kPanel + j % kPanel;
+        for (int64_t i = 0; i < count; ++i) store(column + i * kPanel, tile[i]);
+      }
+    float* rows = values_of(panels);
     for (int64_t j = 0; j < padded_keys; ++j) {
-      float* column = panels + j / kPanel * kPanel * width + j % kPanel;
-      const bool inside = j < keys;
-      const float* k_row = key + (b * keys + j) * row_k + h * width;
-      const float* v_row = value + (b * keys + j) * row_v + h * width;
-      for (int64_t d = 0; d < width; ++d) column[d * kPanel] = inside ? k_row[d] : 0.0f;
-      for (int64_t d = 0; d < padded_width; ++d) v[j * padded_width + d] = inside && d < width ? v_row[d] : 0.0f;
+      const int64_t inside = j < keys ? width : 0;
+      std::copy(v + j * row_v, v + j * row_v + inside, rows + j * padded_width);
+      std::fill(rows + j * padded_width + inside, rows + (j + 1) * padded_width, 0.0f);
     }
   }
 
@@ -602,7 +658,7 @@ TORCH_LIBRARY(cachequant, m) {
   m.def("group_norm(Tensor x, Tensor? other, Tensor? sums, Tensor? columns, Tensor? skip, Tensor? shift, Tensor gamma, "
         "Tensor beta, int groups, float eps, bool activate, float[] grids) -> Tensor[]");
   m.def("add_terms(Tensor(a!) x, Tensor? other, Tensor sums, Tensor columns) -> ()");
-  m.def("row_sums(Tensor q, int zero) -> Tensor");
+  m.def("window_sums(Tensor q, int zero, int[] place) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor gamma, Tensor beta, float eps, float[] grids) -> Tensor[]");
   m.def("geglu(Tensor x, float[] grid) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, int heads, float scale, float[] grid) -> Tensor");
@@ -612,7 +668,7 @@ TORCH_LIBRARY_IMPL(cachequant, CPU, m) {
   m.impl("quantize", quantize);
   m.impl("group_norm", group_norm);
   m.impl("add_terms", add_terms);
-  m.impl("row_sums", row_sums);
+  m.impl("window_sums", window_sums);
   m.impl("layer_norm", layer_norm);
   m.impl("geglu", geglu);
   m.impl("attention", attention);

@@ -59,11 +59,22 @@ class Sum:
         return (first if other is None else first.add_(other)).addmm_(self.sums, self.columns)
 
 
-def row_sums(q: Tensor, zero_point: int) -> Tensor:
-    """Σ (q - z) over each row of integers [R, C]: float32 [R]."""
+def window_sums(q: Tensor, zero_point: int, place: tuple[int, ...]) -> Tensor:
+    """Σ (q - z) over everything that each output pixel of a convolution reads; padding counts as 0.
+
+    Args:
+        q: uint8 [B, H, W, C]; rows of a matrix product are [R, 1, 1, C].
+        zero_point: z.
+        place: kernel, stride, padding and dilation, height and width of each.
+
+    Returns:
+        float32 [B·H'·W'], exact below 2²⁴.
+    """
     if native(q):
-        return torch.ops.cachequant.row_sums(q, zero_point)
-    return q.sum(1, dtype=torch.int32).sub_(zero_point * q.shape[1]).float()
+        return torch.ops.cachequant.window_sums(q, zero_point, place)
+    kernel, stride, padding, dilation = (list(place[i : i + 2]) for i in range(0, 8, 2))
+    pixel = q.sum(3, dtype=torch.int32).sub_(zero_point * q.shape[3]).float()[:, None]  # [B, 1, H, W]
+    return F.conv2d(pixel, torch.ones(1, 1, *kernel, device=q.device), None, stride, padding, dilation).flatten()
 
 
 def native(x: Tensor) -> bool:
@@ -166,4 +177,3 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: floa
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))  # [B, H, ·, d]
     out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)  # [B, N, H·d]
     return out if grid is None else quantize(out, grid)
-

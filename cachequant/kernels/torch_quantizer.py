@@ -8,7 +8,6 @@ q = clip(round(x / delta + zp), -128, 127), `act_times_weight_delta` [T, O] = de
 from __future__ import annotations
 
 from bisect import bisect_right
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -104,23 +103,16 @@ def from_buffers(buffers: dict[str, Tensor]) -> tuple[LayerQuant, Tensor | None]
     return LayerQuant((grid,), (table,), (values.shape[1],)), buffers.get("bias")
 
 
-def read_checkpoint(path: str | Path) -> tuple[QuantState, dict[str, Tensor]]:
-    """Integers and biases by layer name from a torch_quantizer file; other parameters in it are left alone.
+def from_checkpoint(content: dict[str, Tensor]) -> tuple[QuantState, dict[str, Tensor]]:
+    """Integers and biases by layer name from a torch_quantizer state dict; other parameters in it are left alone.
 
     Raises:
-        UserError: the file cannot be read, or holds no quantised layer.
+        UserError: there is no quantised layer, or one is damaged.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises for a file that is none has no base below this
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"{path} cannot be read ({reason}): expected a state dict") from error
     ending = f".{BUFFERS[0]}"
-    names = [key.removesuffix(ending) for key in content if key.endswith(ending)] if isinstance(content, dict) else []
+    names = [key.removesuffix(ending) for key in content if key.endswith(ending)]
     if not names:
-        raise UserError(
-            f"{path} holds no '*{ending}', expected a torch_quantizer checkpoint: convert the model with it"
-        )
+        raise UserError(f"the checkpoint holds no '*{ending}', expected torch_quantizer's: convert the model with it")
     layers, biases = {}, {}
     for name in names:
         own = {buffer: content[f"{name}.{buffer}"] for buffer in (*BUFFERS, "bias") if f"{name}.{buffer}" in content}
@@ -130,11 +122,12 @@ def read_checkpoint(path: str | Path) -> tuple[QuantState, dict[str, Tensor]]:
     return QuantState(layers), biases
 
 
-def write_checkpoint(path: str | Path, state: QuantState, biases: dict[str, Tensor], num_steps: int) -> dict[str, str]:
-    """Write the supported layers for `torch_quantizer.real_quant(..., ckpt_path=path)`; return why others were left out.
+def to_checkpoint(
+    state: QuantState, biases: dict[str, Tensor], num_steps: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict that `torch_quantizer.real_quant` loads, and why layers were left out of it.
 
     Args:
-        path: file to write.
         state: integers by layer name.
         biases: by layer name; a layer without one gets zeros.
         num_steps: T.
@@ -148,8 +141,7 @@ def write_checkpoint(path: str | Path, state: QuantState, biases: dict[str, Tens
             continue
         made = to_buffers(layer, biases.get(name), num_steps)
         content |= {f"{name}.{buffer}": value for buffer, value in made.items()}
-    torch.save(content, path)
-    return reasons
+    return content, reasons
 
 
 def _centred(weight: WeightGrid) -> Tensor:

@@ -49,3 +49,21 @@ def random_denoiser(family: str, seed: int = 0) -> Any:
     finally:
         torch.random.set_rng_state(state)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def random_pipeline(family: str, seed: int = 0) -> Any:
+    """The pipeline of a family around `random_denoiser`, with the family's sampler; text is replaced by random embeddings.
+
+    Raises:
+        UserError: unknown family.
+    """
+    from cachequant.models.families import pixel_scheduler, plms_scheduler
+
+    denoiser = random_denoiser(family, seed)
+    if family == "ddpm-cifar10":
+        from cachequant.models.pipelines import PixelDDIMPipeline
+
+        return PixelDDIMPipeline(denoiser, pixel_scheduler())
+    from cachequant.models.random_text import RandomTextPipeline
+
+    return RandomTextPipeline(denoiser, plms_scheduler(beta_start=0.00085, beta_end=0.012))

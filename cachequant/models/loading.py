@@ -42,7 +42,9 @@ def load_pipeline(source: str | Path | ModelConfig, device: str = "auto", **part
     with quiet():
         if file is not None:
             if parts:
-                raise UserError(f"model.path is the file {file}, expected a diffusers folder to take the other parts from")
+                raise UserError(
+                    f"model.path is the file {file}, expected a diffusers folder to take the other parts from"
+                )
             pipe = _from_checkpoint(file, model)
         else:
             folder = next((p for p in places if p.is_dir()), None) or hub_folder(model.path, "pipeline")

@@ -45,7 +45,9 @@ def build_skeleton(plan: Plan) -> nn.Module:
         UserError: the plan does not hold the rest of its denoiser, or holds too little.
     """
     if plan.remainder is None or plan.quant is None:
-        raise UserError("this plan holds no denoiser, expected a quantised one: load the model and enable the plan on it")
+        raise UserError(
+            "this plan holds no denoiser, expected a quantised one: load the model and enable the plan on it"
+        )
     with torch.device("meta"):
         denoiser: nn.Module = _make(plan.remainder.recipe["denoiser"])
     for name, tensor in plan.remainder.tensors.items():
@@ -92,7 +94,9 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     try:
         owner = module.get_submodule(parent)
     except AttributeError:
-        raise UserError(f"the plan holds {name}, which its denoiser lacks: the plan is damaged, make it again") from None
+        raise UserError(
+            f"the plan holds {name}, which its denoiser lacks: the plan is damaged, make it again"
+        ) from None
     if owner._parameters.get(child) is not None:
         owner._parameters[child] = nn.Parameter(tensor, requires_grad=False)
     else:
@@ -120,7 +124,9 @@ def _class(name: str) -> Any:
             raise ImportError(f"{name} is neither of diffusers nor of cachequant")
         return getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"the plan's class {name} cannot be had ({error}): install the versions that made the plan") from None
+        raise UserError(
+            f"the plan's class {name} cannot be had ({error}): install the versions that made the plan"
+        ) from None
 
 
 def _make(recipe: dict[str, Any]) -> Any:

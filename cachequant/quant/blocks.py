@@ -1,7 +1,7 @@
 """diffusers' blocks around deployed layers, with everything between two integer products in one pass.
 
-A block that fits gets a subclass of its own class whose forward is the fused one: attributes, names and hooks stay, nothing is
-forked, and `unfuse` gives the class back. What a fused forward does not cover (masks, FreeU) runs the class's own.
+A block that fits gets a subclass of its own class whose forward is the fused one: attributes, names and hooks stay, nothing
+is forked, and `unfuse` gives the class back. What a fused forward does not cover (masks, FreeU) runs the class's own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Fused:
 
 
 class FusedResnet(Fused):
-    """`ResnetBlock2D`: normalise + SiLU + quantise in one pass, the time embedding inside it, the residual in an epilogue."""
+    """`ResnetBlock2D`: normalise + SiLU + quantise in one pass, the time embedding in it, the residual in an epilogue."""
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -94,9 +94,16 @@ class FusedAttention2d(Fused):
         """Self-attention with a group norm, deployed projections and the plain processor."""
         return _plain_attention(module) and _affine(module.group_norm, nn.GroupNorm)
 
-    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any) -> Any:
+    def forward(
+        self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any
+    ) -> Any:
         """[B, C, H, W] -> the same shape."""
-        if hidden_states.dim() != 4 or encoder_hidden_states is not None or kw.get("attention_mask") is not None or args:
+        if (
+            hidden_states.dim() != 4
+            or encoder_hidden_states is not None
+            or kw.get("attention_mask") is not None
+            or args
+        ):
             return super().forward(hidden_states, encoder_hidden_states, *args, **kw)  # type: ignore[misc]
         x = nhwc(hidden_states)
         layers = (self.to_q, self.to_k, self.to_v)
@@ -109,12 +116,13 @@ class FusedAttention2d(Fused):
 
 
 class FusedTransformerBlock(Fused):
-    """`BasicTransformerBlock`: LayerNorm + quantise in one pass, attention in blocks, GEGLU + quantise in rows that fit the cache."""
+    """`BasicTransformerBlock`: LayerNorm + quantise in one pass, attention in blocks, GEGLU a few rows at a time."""
 
     @staticmethod
     def fits(module: Any) -> bool:
         """Plain layer norms, self- (and cross-) attention and a GEGLU feed-forward, all deployed."""
         attentions = [a for a in (module.attn1, module.attn2) if a is not None]
+        norms = [module.norm1, module.norm3, *([module.norm2] if module.attn2 is not None else [])]
         net = module.ff.net
         return (
             module.norm_type == "layer_norm"
@@ -122,7 +130,7 @@ class FusedTransformerBlock(Fused):
             and not module.only_cross_attention
             and not hasattr(module, "fuser")
             and all(_plain_attention(a) and not a.residual_connection and a.group_norm is None for a in attentions)
-            and all(_affine(n, nn.LayerNorm) for n in (module.norm1, module.norm3, *([module.norm2] if module.attn2 is not None else [])))
+            and all(_affine(n, nn.LayerNorm) for n in norms)
             and type(net[0]).__name__ == "GEGLU"
             and _integer(net[0].proj, net[2])
             and len(net) == 3
@@ -158,7 +166,12 @@ class FusedUpBlock(Fused):
     @staticmethod
     def fits(module: Any) -> bool:
         """Every resnet is fused and takes two halves."""
-        return len(module.resnets) > 0 and all(isinstance(r, FusedResnet) and len(r.conv1.widths) == 2 for r in module.resnets)  # type: ignore[attr-defined]
+        resnets: list[Any] = list(module.resnets)
+        return (
+            bool(resnets)
+            and all(isinstance(r, FusedResnet) for r in resnets)
+            and all(len(r.conv1.widths) == 2 for r in resnets)
+        )
 
     def forward(
         self: Any,
@@ -170,8 +183,9 @@ class FusedUpBlock(Fused):
         **conditioning: Any,
     ) -> Tensor:
         """h [B, C, H, W] and the skips, last one first -> the block's output."""
-        if args or any(getattr(self, name, None) for name in ("s1", "s2", "b1", "b2")):
-            raise NotImplementedError
+        if args or all(getattr(self, name, None) for name in ("s1", "s2", "b1", "b2")):  # FreeU changes the halves
+            more = {"upsample_size": upsample_size, **conditioning}
+            return super().forward(hidden_states, res_hidden_states_tuple, temb, *args, **more)  # type: ignore[misc]
         attentions = getattr(self, "attentions", None)
         for i, resnet in enumerate(self.resnets):
             skip = res_hidden_states_tuple[-1 - i]
@@ -190,7 +204,9 @@ class FusedUpsample(Fused):
     @staticmethod
     def fits(module: Any) -> bool:
         """Nearest neighbour followed by a deployed convolution."""
-        return module.norm is None and module.interpolate and not module.use_conv_transpose and _integer(_conv_of(module))
+        return (
+            module.norm is None and module.interpolate and not module.use_conv_transpose and _integer(_conv_of(module))
+        )
 
     def forward(self: Any, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
         """[B, C, H, W] -> [B, O, 2H, 2W], or `output_size`."""
@@ -309,7 +325,8 @@ def _token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) 
     if context is not None:
         seen = {grid: quantize(context.float().contiguous(), grid) for grid in _distinct(layers[1:])}
         operands += [layer.output((seen[layer.grids()[0]],)) for layer in layers[1:]]
-    return _attend(module, *operands, plus=x)
+    query, key, value = operands
+    return _attend(module, query, key, value, x)
 
 
 def _feed_forward(wide: Any, narrow: Any, norm: Any, x: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def deploy(
         maps = correction.layers.get(name) if correction else None
         replace_module(network, name, IntegerLayer(source, layer, clock, maps))
         handle.integer[name] = source
-        trim_heap()
+        if source.weight.is_meta:  # nothing else but the plan is in memory: keep it so
+            trim_heap()
     if others or state.operands:
         handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
         handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")

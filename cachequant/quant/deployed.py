@@ -50,6 +50,7 @@ class IntegerLayer(nn.Module):
         self._quantizers = [StepQuantizer(table.bits, table=table) for table in state.inputs]
         self._grids: dict[int, tuple[Grid, ...]] = {}
         self._first: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._offsets: dict[int, Tensor] = {}
 
     @property
     def source(self) -> Layer:
@@ -63,7 +64,9 @@ class IntegerLayer(nn.Module):
             UserError: the network is moved to another device.
         """
         if fn(torch.empty(0)).device.type != "cpu":
-            raise UserError("this pipeline runs INT8 on the cpu, expected it to stay there: call cachequant.disable first")
+            raise UserError(
+                "this pipeline runs INT8 on the cpu, expected it to stay there: call cachequant.disable first"
+            )
         self.source._apply(fn)
         super()._apply(fn, recurse)
         return self
@@ -95,7 +98,7 @@ class IntegerLayer(nn.Module):
             reuse: the memory of `plus` may be taken.
         """
         dense: list[Tensor] = []
-        outer: list[tuple[Tensor, Tensor]] = []
+        sums: list[Tensor] = []
         for segment, (q, packed, grid) in enumerate(zip(integers, self.packed, self.grids(), strict=True)):
             scale, shift = self._epilogue() if segment == 0 else (self.scales[segment], None)
             if packed.is_matrix:
@@ -104,15 +107,14 @@ class IntegerLayer(nn.Module):
             else:
                 dense.append(rows_of(packed.convolve(q, grid, scale, shift), self.geometry))
             if packed.offset is not None:
-                outer.append((packed.window_sums(q, grid), packed.offset * scale * grid.scale))
+                sums.append(packed.sums(q, grid))
         if plus is not None:
             dense.append(plus)
         if len(dense) > 2:
             dense = [dense[0].add_(dense[1]), dense[2]]
-        if not outer:
+        if not sums:
             return Sum(tuple(dense))
-        sums, columns = zip(*outer, strict=True)
-        return Sum(tuple(dense), torch.stack(sums, dim=1), torch.stack(columns))
+        return Sum(tuple(dense), torch.stack(sums, dim=1) if len(sums) > 1 else sums[0][:, None], self._columns())
 
     def output(self, integers: tuple[Tensor, ...], plus: Tensor | None = None, reuse: bool = False) -> Tensor:
         """The layer's output [B, O, H', W'] or [..., O], all terms added; the arguments are those of `open`."""
@@ -135,3 +137,13 @@ class IntegerLayer(nn.Module):
         if step not in self._first:
             self._first[step] = fold_into_epilogue(self.scales[0], self.bias, correction)
         return self._first[step]
+
+    def _columns(self) -> Tensor:
+        """What the sums of the inputs are multiplied by at this step, one row per segment with an offset: [k, O]."""
+        step = self.clock.step
+        if step not in self._offsets:
+            scales = (self._epilogue()[0], *self.scales[1:])
+            triples = zip(self.packed, scales, self.grids(), strict=True)
+            rows = [packed.offset * scale * grid.scale for packed, scale, grid in triples if packed.offset is not None]
+            self._offsets[step] = torch.stack(rows)
+        return self._offsets[step]
