@@ -64,6 +64,8 @@ def _refuses_cuda(device: torch.device) -> str | None:
     """Why the GPU's INT8 does not run on this device; None where it does."""
     if device.type != "cuda":
         return f"the model is on {device.type}"
+    if not torch.cuda.is_available():
+        return "the model is on cuda, but torch finds no CUDA device"
     from cachequant.kernels.cuda.dispatch import has_triton
 
     major, minor = torch.cuda.get_device_capability(device)

@@ -18,6 +18,7 @@ def card(monkeypatch, tmp_path):
     """A stand-in for a Hopper card without a compiled kernel; returns a function that changes its compute capability."""
     monkeypatch.setenv(build.FOLDER, str(tmp_path))
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     dispatch.built.cache_clear()
 
     def be(*capability: int) -> None:
