@@ -14,6 +14,7 @@ _EXPORTS = {
     "load_pipeline": "cachequant.models.loading",
     "calibrate": "cachequant.api",
     "enable": "cachequant.api",
+    "load_quantized": "cachequant.api",
     "disable": "cachequant.api",
     "bypass": "cachequant.api",
     "report": "cachequant.api",

@@ -11,18 +11,20 @@ from typing import Any
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
+from cachequant.kernels.backend import Backend, choose_backend
 from cachequant.lock import writer_lock
-from cachequant.models.adapter import Adapter, adapter, denoiser_of
+from cachequant.models.adapter import Adapter, adapter, denoiser_of, device_of
 from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
+from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.graphs import with_graphs
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import ModelIdentity, Plan
-from cachequant.quant.convert import QuantizedNetwork, install
-
-BACKENDS = ("auto", "simulated")
+from cachequant.quant.convert import QuantizedNetwork
+from cachequant.quant.deploy import Deployment, attach
 
 
 @dataclass
@@ -34,8 +36,8 @@ class Acceleration:
     adapter: Adapter
     cache: FeatureCache
     hook: DenoiserHook
-    network: QuantizedNetwork | None
-    backend: str
+    network: QuantizedNetwork | Deployment | None
+    backend: Backend
 
 
 def calibrate(pipe: Any, config: RunConfig, folder: str | Path | None = None, quiet: bool = False) -> Plan:
@@ -61,22 +63,22 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     Args:
         pipe: the pipeline that the plan was made for.
         plan: a plan or its folder.
-        backend: "simulated" computes integers in floating point; "auto" takes the fastest that is here (today that one).
+        backend: "cpu-int8" runs real integers on oneDNN, "cuda-int8" on a GPU; "simulated" computes them in floating point,
+            on any device; "auto" takes the fastest that is exact here.
 
     Raises:
         UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
             pipeline is then as it was.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    chosen = choose_backend(backend, device_of(denoiser_of(pipe)))
     if find(pipe) is not None:
         raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     _refuse_mismatch(identify(pipe, plan.config.sampler.guidance_scale), plan.identity)
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
     cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
-    network = _install(structure, plan, cache)
-    step = accelerated_step(structure, cache, plan.correction)
+    network = _install(structure, plan, cache, chosen)
+    step = accelerated_step(with_graphs(structure, cache, network), cache, plan.correction)
 
     def check(call: Call) -> None:
         _check_guidance(pipe, plan, structure, call)
@@ -87,19 +89,36 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     except BaseException:
         _uninstall(structure, network)
         raise
-    state = Acceleration(plan, pipe, structure, cache, hook, network, "simulated")
+    state = Acceleration(plan, pipe, structure, cache, hook, network, chosen)
     object.__setattr__(structure.denoiser, "_cachequant", state)
     print(report(pipe))
     return pipe
+
+
+def load_quantized(plan: str | Path, backend: str = "auto") -> Any:
+    """A pipeline with the plan enabled, from the plan's folder: the full-precision denoiser is neither read nor needed.
+
+    Only its integers, what stays in float32 and one layer at a time on the way are ever in memory. Other parts of a
+    pipeline (text encoder, autoencoder) are loaded from where the model is.
+
+    Raises:
+        UserError: as `enable`, or the plan holds no quantised denoiser.
+    """
+    loaded = Plan.load(plan, lazy=True)
+    return enable(build_pipeline(loaded), loaded, backend)
 
 
 def disable(pipe: Any) -> Any:
     """Put every layer back and let the pipeline's calls through untouched; bit-exactly what it was.
 
     Raises:
-        UserError: the pipeline is not enabled.
+        UserError: the pipeline is not enabled, or was loaded from its plan and has no full-precision weights.
     """
     state = _require(pipe)
+    if is_skeleton(state.adapter.denoiser):
+        raise UserError(
+            "this denoiser was loaded from its plan, so there is no full-precision model to go back to: load it"
+        )
     state.hook.remove()
     _uninstall(state.adapter, state.network)
     object.__delattr__(state.adapter.denoiser, "_cachequant")
@@ -120,7 +139,7 @@ def bypass(pipe: Any) -> Iterator[Any]:
     finally:
         if find(pipe) is not None:
             raise UserError("a plan was enabled inside cachequant.bypass, expected none: enable it outside")
-        state.network = _install(state.adapter, state.plan, state.cache)
+        state.network = _install(state.adapter, state.plan, state.cache, state.backend)
         state.hook.install()
         object.__setattr__(state.adapter.denoiser, "_cachequant", state)
 
@@ -134,11 +153,10 @@ def report(pipe: Any) -> str:
     state = _require(pipe)
     plan, cache = state.plan, state.cache
     total = _original_bytes(state)
-    quantised = list(state.network.layers) if state.network else []
     lines = [
         plan.summary(),
-        f"backend      {state.backend}: integers computed in floating point, the reference for every kernel",
-        f"layers       {len(quantised)} quantised; in full precision: {_float_layers(state)}",
+        f"backend      {state.backend.name}: {state.backend.note}",
+        *_layer_lines(state),
         f"bytes        {plan_bytes(total, plan):,} of {total:,} in float32",
         f"ran so far   {cache.full_steps} full and {cache.cached_steps} cached steps",
     ]
@@ -157,7 +175,9 @@ def _require(pipe: Any) -> Acceleration:
     return state
 
 
-def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNetwork | None:
+def _install(
+    structure: Adapter, plan: Plan, cache: FeatureCache, backend: Backend
+) -> QuantizedNetwork | Deployment | None:
     """Swap the plan's layers in; every name is checked before the first is touched."""
     if plan.quant is None:
         return None
@@ -168,12 +188,12 @@ def _install(structure: Adapter, plan: Plan, cache: FeatureCache) -> QuantizedNe
         raise UserError(
             f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it"
         )
-    network = install(structure.denoiser, plan.quant, cache, correction=plan.correction)
+    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend)
     structure.rebuild()
     return network
 
 
-def _uninstall(structure: Adapter, network: QuantizedNetwork | None) -> None:
+def _uninstall(structure: Adapter, network: QuantizedNetwork | Deployment | None) -> None:
     """Put the original layers back."""
     if network is not None:
         network.remove()
@@ -204,6 +224,19 @@ def _check_guidance(pipe: Any, plan: Plan, structure: Adapter, call: Call) -> No
         )
 
 
+def _layer_lines(state: Acceleration) -> list[str]:
+    """How many layers run in integers, what is simulated and what stays in full precision, each with its reason."""
+    network = state.network
+    simulated = network.reasons if isinstance(network, Deployment) else {}
+    lines = [
+        f"layers       {len(network.replaced) if network else 0} quantised; in full precision: {_float_layers(state)}"
+    ]
+    if isinstance(network, Deployment):
+        lines.append(f"integers     {len(network.integer)} layers, {len(network.fused)} blocks fused around them")
+    lines += [f"simulated    {name}: {reason}" for name, reason in simulated.items()]
+    return lines
+
+
 def _float_layers(state: Acceleration) -> str:
     """Convolutions and linear layers that stay as they are, with the reason."""
     quant = state.plan.config.quant
@@ -221,5 +254,5 @@ def _float_layers(state: Acceleration) -> str:
 
 def _original_bytes(state: Acceleration) -> int:
     """Float32 bytes of the denoiser as it was, counting the layers that were replaced."""
-    replaced = state.network.layers.values() if state.network else ()
-    return float_bytes(state.adapter.denoiser) + sum(float_bytes(layer.source) for layer in replaced)
+    replaced = state.network.replaced.values() if state.network else ()
+    return float_bytes(state.adapter.denoiser) + sum(float_bytes(layer) for layer in replaced)

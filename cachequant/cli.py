@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _worker_options(sample, device=False)
     sample.epilog = (
-        "Run it again to go on where it stopped. --set changes sample.* only. "
+        "Run it again to go on where it stopped. --set changes sample.* and backend only. "
         "--json: {images: folder, count: int, drawn: int, seconds: float}, the last two of this call"
     )
     evaluate = _command(
@@ -77,11 +77,32 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--count", type=int, default=6, metavar="N", help="images of each row, default 6")
     report.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     report.epilog = "--json: {page: file, rows: [{name, psnr, ssim, seconds, …}]}"
+    _add_bench(commands)
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
     _add_convert(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _command(
+        commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench
+    )
+    bench.add_argument("config", type=Path, help="YAML, such as configs/cifar10.yaml")
+    modes = "fp32,int8,cache,cachequant"
+    bench.add_argument(
+        "--modes", default=modes, help=f"of fp32,compile,openvino,int8,cache,cachequant; default {modes}"
+    )
+    bench.add_argument("--rounds", type=int, default=3, help="runs of each mode, default 3")
+    bench.add_argument("--batch", type=int, help="images at once, default sample.batch_size")
+    bench.add_argument(
+        "--random-weights", action="store_true", help="the architecture of model.family with random weights"
+    )
+    bench.epilog = (
+        "Threads are those of OMP_NUM_THREADS. --json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], "
+        "batch, machine, threads, versions, …}; milliseconds per evaluation and batch"
+    )
 
 
 def _add_convert(commands: Any) -> None:
@@ -205,6 +226,26 @@ def _run(args: argparse.Namespace) -> None:
     _report_json(args, {"plan": str(folder), "images": images, "refresh_steps": steps, "seconds": seconds})
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from cachequant.config import load_config
+    from cachequant.models.loading import load_pipeline
+    from cachequant.pipeline.bench import format_bench, run_bench
+    from cachequant.pipeline.context import Context
+
+    config = load_config(args.config, [*args.set, *([f"sample.batch_size={args.batch}"] if args.batch else [])])
+    if args.random_weights:
+        from cachequant.models.architectures import random_pipeline
+
+        pipe = random_pipeline(config.model.family)
+        config.sampler.prompts = config.calibration.prompts = None
+    else:
+        pipe = load_pipeline(config.model, config.device if args.device == "auto" else args.device)
+    result = run_bench(Context.of(pipe, config), tuple(args.modes.split(",")), args.rounds)
+    result["model"] += " with random weights" if args.random_weights else ""
+    print(format_bench(result))
+    _report_json(args, result)
+
+
 def _calibrate(args: argparse.Namespace) -> None:
     from cachequant.lock import writer_lock
 
@@ -221,7 +262,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _sample(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from cachequant.api import enable
+    from cachequant.api import enable, load_quantized
     from cachequant.lock import writer_lock
     from cachequant.models.loading import identify, load_pipeline
     from cachequant.pipeline.sampling import sample_pipeline
@@ -229,18 +270,22 @@ def _sample(args: argparse.Namespace) -> None:
     from cachequant.plan import Plan
     from cachequant.storage import file_hash
 
-    plan = Plan.load(args.plan)
+    plan = Plan.load(args.plan, lazy=True)
     count = [] if args.count is None else [f"sample.count={args.count}"]
     config = _with_sample_settings(plan.config, [*args.set, *count])
     trainer = make_trainer(args.device, args.devices, args.nodes)
-    first = trainer.is_global_zero
+    first, device = trainer.is_global_zero, trainer.strategy.root_device
     with writer_lock(args.out) if first else nullcontext():
-        pipe = load_pipeline(config.model, str(trainer.strategy.root_device))
-        maker = {"plan": "none" if args.full else file_hash(args.plan / "plan.json")}
-        maker |= asdict(identify(pipe, config.sampler.guidance_scale))
-        if not args.full:
-            with nullcontext() if first else redirect_stdout(StringIO()):
-                enable(pipe, plan)
+        with nullcontext() if first else redirect_stdout(StringIO()):
+            if args.full:
+                pipe = load_pipeline(config.model, str(device))
+            elif plan.remainder is not None and device.type == "cpu":
+                pipe = load_quantized(args.plan, config.backend)  # the full-precision denoiser is not needed
+            else:
+                pipe = enable(load_pipeline(config.model, str(device)), plan, config.backend)
+        identity = identify(pipe, config.sampler.guidance_scale) if args.full else plan.identity
+        maker = {"plan": "none" if args.full else file_hash(args.plan / "plan.json"), **asdict(identity)}
+        maker |= {"backend": config.backend}
         made = sample_pipeline(pipe, config, maker, args.out, trainer)
     if made is None:
         return
@@ -250,12 +295,14 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _with_sample_settings(config: Any, overrides: list[str]) -> Any:
-    """The plan's configuration with `sample.*` changed; anything else would no longer fit the plan."""
+    """The plan's configuration with `sample.*` or `backend` changed; anything else would no longer fit the plan."""
     from cachequant.config import apply_overrides
 
-    wrong = [item for item in overrides if not item.startswith("sample.")]
+    wrong = [item for item in overrides if not item.startswith(("sample.", "backend="))]
     if wrong:
-        raise UserError(f"--set {wrong[0]} with a plan, expected sample.* keys only: calibrate again to change others")
+        raise UserError(
+            f"--set {wrong[0]} with a plan, expected sample.* keys or backend only: calibrate again to change others"
+        )
     return apply_overrides(config, overrides)
 
 

@@ -94,7 +94,10 @@ class CorrectionConfig:
 
 @dataclass
 class QuantConfig:
-    """Bits and range search. `ends_bits`, `attention_bits` None: end convolutions, attention operands stay as they are."""
+    """Bits and range search. `ends_bits`, `attention_bits` None: end convolutions, attention operands stay as they are.
+
+    `weight_symmetric`: weight grids around zero; the paper's are not, which costs the GPU's kernels a sum per activation.
+    """
 
     enabled: bool = True
     weight_bits: int = 8
@@ -103,6 +106,7 @@ class QuantConfig:
     attention_bits: int | None = 8
     time_embedding: bool = True
     weight_search: str = "mse"
+    weight_symmetric: bool = False
     activation_search: str = "mse"
 
 
@@ -137,11 +141,12 @@ class SampleConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of a run."""
+    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`."""
 
     method: str = "best"
     output: str = "runs"
     device: str = "auto"
+    backend: str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -19,13 +19,14 @@ from cachequant.storage import (
     pack_quant,
     save_json,
     save_tensors,
+    stored_quant,
     unpack_correction,
     unpack_quant,
 )
-from cachequant.types import Correction, QuantState, Schedule
+from cachequant.types import Correction, QuantState, Remainder, Schedule
 
-SCHEMA = 1
-TENSOR_FILES = ("correction.safetensors", "quant.safetensors")
+SCHEMA = 2
+TENSOR_FILES = ("correction.safetensors", "quant.safetensors", "remainder.safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Plan:
         correction: maps of the cached feature and of the layers' products.
         quant: integer weights and activation tables, or None for caching alone.
         provenance: versions, seed, hashes of the parents, measured costs.
+        remainder: what the denoiser is beside its integers, or None where the plan does not hold it.
     """
 
     config: RunConfig
@@ -66,6 +68,7 @@ class Plan:
     correction: Correction = field(default_factory=Correction)
     quant: QuantState | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    remainder: Remainder | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder: tensors first, `plan.json` with their hashes last, each renamed into place.
@@ -76,6 +79,7 @@ class Plan:
         folder = make_folder(Path(folder))
         save_tensors(folder / "correction.safetensors", pack_correction(self.correction))
         save_tensors(folder / "quant.safetensors", pack_quant(self.quant) if self.quant else {})
+        save_tensors(folder / "remainder.safetensors", self.remainder.tensors if self.remainder else {})
         record = self._record()
         record["files"] = {name: file_hash(folder / name) for name in TENSOR_FILES}
         record = json.loads(json.dumps(record, allow_nan=False))  # the keys as they will be read
@@ -90,12 +94,17 @@ class Plan:
             "timesteps": list(self.timesteps),
             "schedule": {**asdict(self.schedule), "refresh_steps": list(self.schedule.refresh_steps)},
             "quantised": self.quant is not None,
+            "recipe": self.remainder.recipe if self.remainder else None,
             "provenance": self.provenance,
         }
 
     @staticmethod
-    def load(folder: str | Path) -> Plan:
+    def load(folder: str | Path, lazy: bool = False) -> Plan:
         """Read and verify a plan folder.
+
+        Args:
+            folder: where `save` wrote it.
+            lazy: leave the integer weights in their file until each is asked for.
 
         Raises:
             UserError: missing, cut short, edited, or of an unknown schema; the message names the file.
@@ -109,7 +118,13 @@ class Plan:
         _verify(record, folder)
         try:
             schedule = {**record["schedule"], "refresh_steps": tuple(record["schedule"]["refresh_steps"])}
-            quant = unpack_quant(load_tensors(folder / "quant.safetensors")) if record["quantised"] else None
+            path = folder / "quant.safetensors"
+            quant = None
+            if record["quantised"]:
+                quant = stored_quant(path) if lazy else unpack_quant(load_tensors(path))
+            remainder = None
+            if record["recipe"] is not None:
+                remainder = Remainder(load_tensors(folder / "remainder.safetensors"), record["recipe"])
             return Plan(
                 config_from_dict(record["config"]),
                 ModelIdentity(**record["identity"]),
@@ -118,6 +133,7 @@ class Plan:
                 unpack_correction(load_tensors(folder / "correction.safetensors")),
                 quant,
                 record["provenance"],
+                remainder,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / 'plan.json'} is damaged ({error}): make the plan again") from None

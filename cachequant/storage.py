@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -163,17 +164,30 @@ def pack_quant(state: QuantState) -> dict[str, Tensor]:
 
 
 def pack_weights(state: QuantState) -> dict[str, Tensor]:
-    """The part of a quantisation state that depends on the weights alone."""
+    """The part of a quantisation state that depends on the weights alone; weights of at most 4 bits go two to a byte."""
     flat: dict[str, Tensor] = {}
     for name, layer in state.layers.items():
         flat[f"layers.{name}.widths"] = torch.tensor(layer.widths, dtype=torch.int32)
         for i, grid in enumerate(layer.weights):
             prefix = f"layers.{name}.{i}"
-            flat[f"{prefix}.weight"] = grid.values
+            flat[f"{prefix}.weight"] = pack_nibbles(grid.values) if grid.bits <= 4 else grid.values
             flat[f"{prefix}.weight_scale"] = grid.scale
             flat[f"{prefix}.weight_zero_point"] = grid.zero_point.to(torch.uint8)
-            flat[f"{prefix}.weight_bits"] = torch.tensor(grid.bits, dtype=torch.int32)
+            flat[f"{prefix}.weight_grid"] = torch.tensor([grid.bits, *grid.values.shape], dtype=torch.int32)
     return flat
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """Integers in [0, 15] of any shape -> uint8 [ceil(n / 2)], the first of two in the lower half of each byte."""
+    flat = values.flatten()
+    padded = torch.cat([flat, flat.new_zeros(len(flat) % 2)])
+    return padded[0::2] | (padded[1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_nibbles`: uint8 of `shape`."""
+    pairs = torch.stack([packed & 15, packed >> 4], dim=1).flatten()
+    return pairs[: math.prod(shape)].view(shape).clone()
 
 
 def pack_tables(state: QuantState) -> dict[str, Tensor]:
@@ -195,12 +209,63 @@ def unpack_quant(flat: dict[str, Tensor]) -> QuantState:
     """
     try:
         layers = {name: _unpack_layer(f"layers.{name}", flat) for name in _names(flat, "layers.", ".widths")}
-        operands = {name: _unpack_table(f"operands.{name}", flat) for name in _names(flat, "operands.", ".zero_point")}
+        return QuantState(layers, _unpack_operands(flat))
     except KeyError as error:
         raise UserError(
             f"quantisation state lacks tensor {error.args[0]}: the file is damaged, make it again"
         ) from None
-    return QuantState(layers, operands)
+
+
+class StoredLayers(Mapping[str, LayerQuant]):
+    """The layers of a quantisation state in a file, each read when it is asked for and never kept.
+
+    Every reading maps the file anew: what an earlier one touched does not stay in memory.
+
+    Args:
+        path: safetensors written from `pack_quant`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as handle:
+            self._names = _names(handle.keys(), "layers.", ".widths")
+
+    def __getitem__(self, name: str) -> LayerQuant:
+        if name not in self._names:
+            raise KeyError(name)
+        prefix = f"layers.{name}"
+        with safe_open(self.path, framework="pt") as handle:
+            flat = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith(f"{prefix}.")}  # noqa: SIM118
+        flat = {
+            key: value if key.endswith(".weight") else value.clone() for key, value in flat.items()
+        }  # the rest is small
+        own = {key: value for key, value in flat.items() if key[len(prefix) + 1 :].split(".")[0].isdigit()}
+        return _unpack_layer(prefix, {**own, f"{prefix}.widths": flat[f"{prefix}.widths"]})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def stored_quant(path: Path) -> QuantState:
+    """A quantisation state whose layers stay in their file until they are asked for.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            names = [key for key in handle.keys() if key.startswith("operands.")]  # noqa: SIM118
+            operands = {key: handle.get_tensor(key).clone() for key in names}
+        return QuantState(StoredLayers(path), _unpack_operands(operands))
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:80]}): make it again") from None
+
+
+def _unpack_operands(flat: dict[str, Tensor]) -> dict[str, ActivationTable]:
+    return {name: _unpack_table(f"operands.{name}", flat) for name in _names(flat, "operands.", ".zero_point")}
 
 
 def _unpack_layer(prefix: str, flat: dict[str, Tensor]) -> LayerQuant:
@@ -208,10 +273,10 @@ def _unpack_layer(prefix: str, flat: dict[str, Tensor]) -> LayerQuant:
     grids, tables = [], []
     for i in range(len(widths)):
         p = f"{prefix}.{i}"
-        zero_point = flat[f"{p}.weight_zero_point"].float()
-        grids.append(
-            WeightGrid(flat[f"{p}.weight"], flat[f"{p}.weight_scale"], zero_point, int(flat[f"{p}.weight_bits"]))
-        )
+        bits, *shape = flat[f"{p}.weight_grid"].tolist()
+        stored, zero_point = flat[f"{p}.weight"], flat[f"{p}.weight_zero_point"].float()
+        values = unpack_nibbles(stored, tuple(shape)) if bits <= 4 else stored
+        grids.append(WeightGrid(values, flat[f"{p}.weight_scale"], zero_point, bits))
         tables.append(_unpack_table(f"{p}.input", flat))
     return LayerQuant(tuple(grids), tuple(tables), widths)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,9 +175,22 @@ class QuantState:
     """Quantisation state of a model: computed once, saved once, loaded by everything later.
 
     Attributes:
-        layers: layer name -> weights and input tables.
+        layers: layer name -> weights and input tables; a plan that is read lazily reads each when it is asked for.
         operands: attention operand name -> table (query, key, value, probabilities).
     """
 
-    layers: dict[str, LayerQuant] = field(default_factory=dict)
+    layers: Mapping[str, LayerQuant] = field(default_factory=dict)
     operands: dict[str, ActivationTable] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What a quantised denoiser needs beside its integers, so that it loads without its full-precision file.
+
+    Attributes:
+        tensors: name -> parameter or buffer that stays in full precision (norms, biases, embeddings, ends).
+        recipe: JSON-like: class and configuration of the denoiser, the scheduler and the pipeline.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)

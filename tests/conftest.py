@@ -4,6 +4,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when it is first imported
+
 import pytest
 import torch
 

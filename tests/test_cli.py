@@ -86,7 +86,7 @@ def test_run_inspect_sample_and_calibrate_work_together(capsys: pytest.CaptureFi
     assert main(["sample", made["plan"], str(tmp_path / "images"), "--count", "1", "--full"]) == 2
     assert "holds other images (of plan" in capsys.readouterr().err
     assert main(["sample", made["plan"], str(tmp_path / "images"), "--set", "cache.interval=3"]) == 2
-    assert "sample.* keys only" in capsys.readouterr().err
+    assert "sample.* keys or backend only" in capsys.readouterr().err
 
 
 def test_numbered_scripts_run_in_order_and_share_their_outputs(tmp_path: Path) -> None:

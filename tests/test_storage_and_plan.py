@@ -420,7 +420,7 @@ def test_a_plan_survives_its_folder(tmp_path: Path, quantised: bool) -> None:
     else:
         assert same_quant(loaded.quant, saved.quant)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "correction.safetensors", "plan.json", "quant.safetensors",
+        "correction.safetensors", "plan.json", "quant.safetensors", "remainder.safetensors",
     ]  # fmt: skip
     assert loaded.summary() == saved.summary()
 
@@ -490,10 +490,10 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     for content, message in (
         ("[]", "is not a plan"),
         ("{}", "is not a plan"),
-        ('{"schema": 2}', "has schema 2, expected 1"),
-        ('{"schema": "1"}', "has schema '1', expected 1"),
-        ('{"schema": 1}', "was edited or cut short"),
-        ('{"schema": 1,', "is damaged"),
+        ('{"schema": 1}', "has schema 1, expected 2"),
+        ('{"schema": "2"}', "has schema '2', expected 2"),
+        ('{"schema": 2}', "was edited or cut short"),
+        ('{"schema": 2,', "is damaged"),
         ("", "is damaged"),
     ):
         (tmp_path / "plan.json").write_text(content)

@@ -1,1 +1,1 @@
-"""Integer operators. Today: the reference backend, which simulates integers in floating point, exactly."""
+"""Integer operators: `reference` computes them exactly in floating point, `cpu` on oneDNN, `cuda` on a GPU."""

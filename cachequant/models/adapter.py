@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from cachequant.errors import UserError
@@ -104,6 +105,11 @@ def denoiser_of(pipe: Any) -> nn.Module:
         f"got a {type(pipe).__name__} without .unet or .transformer, expected a diffusers pipeline: "
         "load one with cachequant.load_pipeline(folder_or_id)"
     )
+
+
+def device_of(denoiser: nn.Module) -> torch.device:
+    """Where a denoiser's parameters are; those that a plan keeps instead of the network are nowhere and do not count."""
+    return next((p.device for p in denoiser.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def adapter(pipe: Any, branch: int | None = None, span: Sequence[int] | None = None) -> Adapter:

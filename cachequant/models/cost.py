@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cachequant.models.adapter import Adapter
 from cachequant.plan import Plan
 from cachequant.storage import pack_correction, pack_quant
+from cachequant.types import QuantState
 
 
 def step_macs(adapter: Adapter, x: Tensor, timestep: Tensor, kwargs: dict[str, Tensor]) -> tuple[float, float]:
@@ -48,11 +49,10 @@ def plan_bytes(float_total: int, plan: Plan) -> int:
     total = float_total + _bytes(pack_correction(plan.correction))
     if plan.quant is None:
         return total
-    for layer in plan.quant.layers.values():
-        for grid in layer.weights:
-            count = grid.values.numel()
-            total -= count * 4 + count - -(-count * grid.bits // 8)  # two 4-bit weights share a byte
-    return total + _bytes(pack_quant(plan.quant))
+    for name, layer in plan.quant.layers.items():  # one layer at a time: a plan may be read lazily
+        total += _bytes(pack_quant(QuantState({name: layer})))
+        total -= sum(4 * grid.values.numel() for grid in layer.weights)
+    return total + _bytes(pack_quant(QuantState({}, plan.quant.operands)))
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

@@ -21,13 +21,14 @@ from cachequant.plan import ModelIdentity
 from cachequant.storage import content_hash
 
 
-def load_pipeline(source: str | Path | ModelConfig, device: str = "auto") -> Any:
+def load_pipeline(source: str | Path | ModelConfig, device: str = "auto", **parts: Any) -> Any:
     """A diffusers pipeline in float32.
 
     Args:
         source: a local diffusers folder (relative ones also from the repository), a hub id, or the `model` section of a
             configuration, which may also name an original checkpoint.
         device: auto, cpu, cuda or cuda:N.
+        parts: components of a folder (such as unet=...) that are taken as they are and where they are.
 
     Raises:
         UserError: it is not there, cannot be read, or the device does not exist.
@@ -40,12 +41,18 @@ def load_pipeline(source: str | Path | ModelConfig, device: str = "auto") -> Any
     file = next((p for p in places if p.is_file()), None)
     with quiet():
         if file is not None:
+            if parts:
+                raise UserError(
+                    f"model.path is the file {file}, expected a diffusers folder to take the other parts from"
+                )
             pipe = _from_checkpoint(file, model)
         else:
             folder = next((p for p in places if p.is_dir()), None) or hub_folder(model.path, "pipeline")
-            pipe = _from_folder(folder)
+            pipe = _from_folder(folder, parts)
             if model.family:
                 pipe = with_family_sampler(pipe, model.family)
+    if parts:
+        return pipe
     if target.type == "cpu":
         denoiser_of(pipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
     return pipe.to(target)
@@ -66,7 +73,7 @@ def _places(name: str | None) -> tuple[Path, ...]:
     return (Path(name), repository_folder() / name) if name else ()
 
 
-def _from_folder(folder: Path) -> Any:
+def _from_folder(folder: Path, parts: dict[str, Any]) -> Any:
     """A folder with model_index.json; its class may be ours. Parts that it was saved without stay None."""
     import diffusers
 
@@ -79,7 +86,7 @@ def _from_folder(folder: Path) -> Any:
         if name == "StableDiffusionPipeline":
             absent |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return getattr(pipelines, name, diffusers.DiffusionPipeline).from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False, **absent
+            str(folder), dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False, **absent, **parts
         )
     except Exception as error:  # diffusers raises many kinds; each means that the folder holds no usable pipeline
         reason = " ".join(str(error).split())[:160]
@@ -113,7 +120,8 @@ def identify(pipe: Any, guidance_scale: float | None) -> ModelIdentity:
     scheduler = f"{type(pipe.scheduler).__name__}-{content_hash(settings)[:12]}"
     guided = guidance_scale is not None and guidance_scale > 1
     structure = {k: str(v) for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
-    weights = content_hash([weights_hash(denoiser), structure])
+    origin = vars(denoiser).get("_cachequant_origin")  # built from a plan: its quantised weights are not there to hash
+    weights = origin or content_hash([weights_hash(denoiser), structure])
     return ModelIdentity(type(denoiser).__name__, weights, scheduler, "cfg" if guided else "none")
 
 

@@ -41,8 +41,9 @@ class UNetAdapter:
         """Whole network and the tensor at the cache site: ([B, C, H, W], [B, width, h, w])."""
         caught: list[Tensor] = []
 
-        def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            caught.append(inputs[0][:, : self.width].clone(memory_format=torch.preserve_format))
+        def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            h = inputs[0][0] if isinstance(inputs[0], tuple) else inputs[0][:, : self.width]  # fused blocks pass halves
+            caught.append(h.clone(memory_format=torch.preserve_format))
 
         handle = self.site.consumer.register_forward_pre_hook(catch)
         try:

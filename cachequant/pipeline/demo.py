@@ -19,6 +19,8 @@ from cachequant.evaluation.html import write_report
 from cachequant.evaluation.paired import feature_distance, psnr, ssim
 from cachequant.evaluation.plots import error_figure, quality_figure, save_figure, schedule_figure
 from cachequant.evaluation.rows import Row, format_table, rows_to_json
+from cachequant.kernels.backend import choose_backend
+from cachequant.models.adapter import device_of
 from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
 from cachequant.models.loading import load_pipeline
 from cachequant.pipeline.context import Context
@@ -157,6 +159,7 @@ def _facts(outcomes: dict[str, Outcome], pipe: Any) -> dict[str, str]:
     """Provenance: plan, versions, machine, costs of the schedule."""
     plan = outcomes["cachequant"].plan
     assert plan is not None
+    backend = choose_backend(plan.config.backend, device_of(pipe.unet))
     measured = plan.provenance["measured"]
     share = measured["dps_seconds"] / measured["trajectories_seconds"]
     return {
@@ -167,6 +170,6 @@ def _facts(outcomes: dict[str, Outcome], pipe: Any) -> dict[str, str]:
         "schedule objective": f"{plan.schedule.cost:.6g}, uniform {plan.schedule.uniform_cost:.6g}",
         "DPS cost": f"{share:.1%} of the trajectories' time, ring of {measured['ring_bytes'] / 1e6:.1f} MB",
         "device": f"{pipe.device}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "kernels": "simulated integers in floating point (reference backend)",
+        "kernels": f"{backend.name}: {backend.note}",
         "versions": f"cachequant {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }

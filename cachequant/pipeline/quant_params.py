@@ -42,7 +42,8 @@ def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
 def quantise_weights(context: Context) -> QuantState:
     """Integer weights of every planned layer, with activation tables still empty."""
     config = context.config.quant
-    return fresh_state(context.adapter.denoiser, layer_plans(context.adapter, config), config.weight_search)
+    plans = layer_plans(context.adapter, config)
+    return fresh_state(context.adapter.denoiser, plans, config.weight_search, config.weight_symmetric)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from cachequant.evaluation.plots import DPI, curve_figure, error_figure, quality
 from cachequant.evaluation.rows import FULL, Row
 from cachequant.pipeline.sample import Samples
 from cachequant.plan import Plan
+from cachequant.quant.deploy import Deployment
 from cachequant.types import LayerQuant
 
 TILE = 192
@@ -97,12 +98,14 @@ def write_findings(findings: Findings, out: Path) -> None:
 def _running(pipe: Any, plan: Plan) -> tuple[str, dict[str, str]]:
     """The library's own report of the plan on this pipeline, and the backend of every quantised layer."""
     with redirect_stdout(io.StringIO()):  # it is on the page
-        enable(pipe, plan)
+        enable(pipe, plan, plan.config.backend)
     try:
         state = find(pipe)
         assert state is not None
         names = plan.quant.layers if plan.quant else ()
-        return running_report(pipe), {name: state.backend for name in names}
+        simulated = state.network.reasons if isinstance(state.network, Deployment) else {}
+        backends = {name: "simulated" if name in simulated else state.backend.name for name in names}
+        return running_report(pipe), backends
     finally:
         disable(pipe)
 

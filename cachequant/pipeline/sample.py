@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.kernels.backend import Backend, choose_backend
+from cachequant.models.adapter import device_of
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.graphs import with_graphs
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
-from cachequant.quant.convert import install
+from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction
 
@@ -33,11 +36,16 @@ class Samples:
     seconds: float
 
 
+def backend_of(context: Context) -> Backend:
+    """The backend that the configuration asks for, on the pipeline's device."""
+    return choose_backend(context.config.backend, device_of(context.adapter.denoiser))
+
+
 def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, record: bool = False) -> Samples:
     """Sample one image per seed; `plan` None is the untouched model.
 
     Args:
-        context: pipeline and configuration (batch size from `sample.batch_size`).
+        context: pipeline and configuration (batch size from `sample.batch_size`, integers from `backend`).
         plan: what accelerates it.
         seeds: noise of each image; equal seeds give equal noise under every plan.
         label: text of the progress bar.
@@ -47,9 +55,10 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     schedule = plan.schedule if plan else uniform_schedule(context.num_steps, 1)
     correction = plan.correction if plan else Correction()
     cache = FeatureCache(schedule, 2 if correction.uses_forecast else 1, adapter.channel_dim)
-    handle = install(adapter.denoiser, plan.quant, cache, correction=correction) if plan and plan.quant else None
+    quant = plan.quant if plan else None
+    handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context)) if quant else None
     adapter.rebuild()
-    inner = accelerated_step(adapter, cache, correction)
+    inner = accelerated_step(with_graphs(adapter, cache, handle), cache, correction)
     path: list[Tensor] = []
 
     def step(call: Call) -> Tensor:

@@ -12,12 +12,14 @@ import torch
 
 from cachequant import __version__
 from cachequant.correction import Moments
+from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
+from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
 from cachequant.plan import Plan
 from cachequant.shards import ShardSet
@@ -184,7 +186,8 @@ class Stages:
             "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         identity, timesteps = context.identity, context.timesteps
-        return Plan(config, identity, timesteps, schedule, correction, state, provenance), key
+        remainder = None if state is None else remainder_of(context.pipe, state)
+        return Plan(config, identity, timesteps, schedule, correction, state, provenance, remainder), key
 
     def save_plan(self) -> Path:
         """Write the plan into the run folder, named by method, interval and bits: its folder."""
@@ -222,7 +225,7 @@ class Stages:
 
         def join() -> tuple[ShardSet, Draw]:
             with redirect_stdout(StringIO()):
-                enable(context.pipe, self.plan()[0])
+                enable(context.pipe, self.plan()[0], context.config.backend)
             context.pipe.set_progress_bar_config(disable=True)
             return ShardSet.open(self._images_folder()[0]), context.generator(sampling=True)
 
@@ -244,6 +247,7 @@ class Stages:
         prompts = self.context.generator(sampling=True).prompts
         return {
             "parent": parent, "sample": asdict(self.context.config.sample), "prompts": list(prompts), "files": "shards",
+            "backend": backend_of(self.context).name,
         }  # fmt: skip
 
 

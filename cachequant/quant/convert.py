@@ -67,23 +67,31 @@ class QuantizedNetwork:
         }
         return QuantState({name: layer.state for name, layer in self.layers.items()}, operands)
 
+    @property
+    def replaced(self) -> dict[str, nn.Module]:
+        """Name -> original of every layer that is quantised."""
+        return {name: layer.source for name, layer in self.layers.items()}
+
     def remove(self) -> None:
         """Put every original layer and processor back."""
         for name, layer in self.layers.items():
-            _replace(self.network, name, layer.source)
+            replace_module(self.network, name, layer.source)
         for name, attention in self.attentions.items():
             _attention(self.network, name).processor = attention.original
         self.layers.clear()
         self.attentions.clear()
 
 
-def fresh_state(network: nn.Module, plans: dict[str, LayerPlan], weight_search: str) -> QuantState:
+def fresh_state(
+    network: nn.Module, plans: dict[str, LayerPlan], weight_search: str, symmetric: bool = False
+) -> QuantState:
     """Integer weights of every planned layer, with input tables still empty."""
     layers = {}
     for name, plan in plans.items():
         weight = cast(Layer, network.get_submodule(name)).weight
         widths = (plan.split, weight.shape[1] - plan.split) if plan.split else (weight.shape[1],)
-        grids = tuple(quantize_weight(w, plan.weight_bits, weight_search) for w in weight.split(widths, dim=1))
+        parts = weight.split(widths, dim=1)
+        grids = tuple(quantize_weight(w, plan.weight_bits, weight_search, symmetric) for w in parts)
         layers[name] = LayerQuant(grids, tuple(empty_table(plan.activation_bits) for _ in widths), widths)
     return QuantState(layers)
 
@@ -117,7 +125,7 @@ def install(
         maps = correction.layers.get(name) if correction else None
         handle.layers[name] = QuantLayer(source, layer_state, clock, maps, search)
     for name, layer in handle.layers.items():
-        _replace(network, name, layer)
+        replace_module(network, name, layer)
     if attention_bits is not None or state.operands:
         for name, module in network.named_modules():
             if hasattr(module, "processor") and hasattr(module, "to_q"):
@@ -132,6 +140,7 @@ def _attention(network: nn.Module, name: str) -> Any:
     return network.get_submodule(name)
 
 
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where the one called `name` stands."""
     parent, _, child = name.rpartition(".")
     network.get_submodule(parent)._modules[child] = module

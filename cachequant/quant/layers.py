@@ -34,10 +34,19 @@ class Mode(Enum):
     FIT = "fit"
 
 
-def quantize_weight(weight: Tensor, bits: int, search: str) -> WeightGrid:
-    """Per-output-channel asymmetric grid of a weight [O, I, ...] (CacheQuant section 4.1)."""
+def quantize_weight(weight: Tensor, bits: int, search: str, symmetric: bool = False) -> WeightGrid:
+    """Per-output-channel grid of a weight [O, I, ...], asymmetric (CacheQuant section 4.1) or around zero.
+
+    Args:
+        weight: of a convolution or linear layer.
+        bits: grid size.
+        search: range search of `cachequant.quant.affine.search_grid`.
+        symmetric: 0 stands in the middle of the grid, and what is searched is one bound of the magnitude.
+    """
     rows = weight.detach().float().flatten(1)  # [O, n]
-    scale, zero_point = search_grid(rows, bits, search)
+    scale, zero_point = search_grid(torch.cat([rows, -rows], dim=1) if symmetric else rows, bits, search)
+    if symmetric:
+        zero_point = torch.full_like(zero_point, 2.0 ** (bits - 1))
     values = quantize(rows, scale[:, None], zero_point[:, None], bits).to(torch.uint8)
     return WeightGrid(values.view(weight.shape), scale, zero_point, bits)
 
@@ -74,7 +83,7 @@ class QuantLayer(nn.Module):
         self._source = (source,)  # a tuple hides it from the module tree
         self._targets: list[Tensor] = []  # of the chunks of a batch, in order
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
-        device = source.weight.device
+        device = self.weights[0].values.device if source.weight.is_meta else source.weight.device
         self.bias: Tensor | None
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):

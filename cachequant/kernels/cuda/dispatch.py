@@ -1,0 +1,100 @@
+"""Runs a product or convolution on the fastest kernel that supports it: compiled if it is built, else Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cachequant.kernels.cuda import library
+from cachequant.kernels.cuda.build import library_path
+from cachequant.kernels.cuda.tuning import TuningTable
+from cachequant.kernels.cuda.variants import VARIANTS, Variant, variants_for
+
+TRITON = "triton_"
+"""Prefix of a Triton kernel's name; its blocks follow."""
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def built(capability: tuple[int, int]) -> tuple[Variant, ...]:
+    """The compiled kernels of a card that are in the cache folder."""
+    return tuple(v for v in variants_for(capability) if library_path(v).is_file())
+
+
+@cache
+def table(device: torch.device) -> TuningTable:
+    """The card's tuning table."""
+    return TuningTable.of(device)
+
+
+def candidates(
+    capability: tuple[int, int], operation: str, channels: int, outputs: int, dtype: torch.dtype, has_row_sum: bool
+) -> tuple[str, ...]:
+    """Names of the kernels that support a layer, compiled ones first."""
+    compiled = [
+        v.name
+        for v in built(capability)
+        if v.operation == operation and v.dtype == dtype and v.unsupported(channels, outputs, has_row_sum) is None
+    ]
+    if not has_triton():
+        return tuple(compiled)
+    from cachequant.kernels.cuda.triton_product import BLOCKS
+
+    return (*compiled, *(TRITON + "x".join(map(str, blocks)) for blocks in BLOCKS))
+
+
+def run_product(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    scale: Tensor,
+    shift: Tensor | None,
+    source: Tensor | None,
+    beta: float,
+    row_sum: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    name: str | None = None,
+) -> None:
+    """`int8_linear` or `int8_conv2d` into `out`, by the kernel `name` or the fastest one.
+
+    Raises:
+        RuntimeError: no kernel runs it.
+    """
+    operation = "linear" if x.dim() == 2 else "conv2d"
+    capability = torch.cuda.get_device_capability(x.device)
+    operands = (scale, shift, source, beta, row_sum, offset)
+
+    def call(kernel: str) -> None:
+        if kernel.startswith(TRITON):
+            from cachequant.kernels.cuda import triton_product
+
+            blocks = triton_product.Blocks(*map(int, kernel.removeprefix(TRITON).split("x")))
+            given = triton_product.Operands(*operands)
+            if operation == "linear":
+                triton_product.linear(x, weight, given, out, blocks)
+            else:
+                triton_product.conv2d(x, weight, stride, given, out, blocks)
+        else:
+            variant = next(v for v in VARIANTS if v.name == kernel)
+            library.run(variant, x, weight, stride, *operands, out)
+
+    if name is None:
+        names = candidates(capability, operation, x.shape[-1], weight.shape[0], out.dtype, row_sum is not None)
+        if not names:
+            raise RuntimeError(
+                f"no kernel for {operation} of {x.shape[-1]} channels: build the kernels or install Triton"
+            )
+        fused = "".join(letter for letter, t in zip("bca", (shift, source, offset), strict=True) if t is not None)
+        sizes = "x".join(map(str, (*x.shape, *weight.shape, *stride)))
+        key = f"{operation} {sizes} {fused} {str(out.dtype).removeprefix('torch.')}"
+        name = table(x.device).best(key, names, call, not torch.cuda.is_current_stream_capturing())
+    call(name)

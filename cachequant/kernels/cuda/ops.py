@@ -1,0 +1,247 @@
+"""The GPU operators under one name each, `torch.ops.cachequant.*`: torch.compile, export and CUDA graphs see them.
+
+On the CPU they are the functions of `cachequant.kernels.cuda.reference`. On a GPU, products and convolutions run the fastest
+of the compiled and the Triton kernels for their shape, everything else runs in Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from cachequant.kernels.cuda import reference
+from cachequant.kernels.cuda.dispatch import run_product
+
+Pad = tuple[int, int, int, int]
+
+
+def _pad(values: list[int]) -> Pad:
+    left, right, top, bottom = values
+    return left, right, top, bottom
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    first, second = values
+    return first, second
+
+
+def _contiguous(*tensors: Tensor | None) -> None:
+    """Raise unless everything that is there is contiguous: a kernel would read the wrong values."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"a tensor of shape {list(tensor.shape)} is not contiguous, expected contiguous operands")
+
+
+@custom_op("cachequant::int8_linear", mutates_args=())
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    source: Tensor | None,
+    beta: float,
+    row_sum: Tensor | None,
+    offset: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 [M, K] × int8 [N, K] -> [M, N] with the epilogue of `cachequant.kernels.cuda`.
+
+    Args:
+        x, weight: operands.
+        scale, shift, offset: float32 [N].
+        source: [M, N] of the output's type (float16 for an int8 output), added times `beta`.
+        beta: factor of source.
+        row_sum: float32 [M], Σ x.
+        dtype: float16, bfloat16, float32 or int8 (rounded, saturated).
+    """
+    total = reference.accumulate_linear(x, weight)
+    return reference.epilogue(total, scale, shift, source, beta, row_sum, offset, dtype)
+
+
+@int8_linear.register_kernel("cuda")
+def _(x, weight, scale, shift, source, beta, row_sum, offset, dtype):  # type: ignore[no-untyped-def]
+    _contiguous(x, weight, scale, shift, source, row_sum, offset)
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    run_product(x, weight, (1, 1), scale, shift, source, beta, row_sum, offset, out)
+    return out
+
+
+@int8_linear.register_fake
+def _(x, weight, scale, shift, source, beta, row_sum, offset, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+@custom_op("cachequant::int8_conv2d", mutates_args=())
+def int8_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    source: Tensor | None,
+    beta: float,
+    row_sum: Tensor | None,
+    offset: Tensor | None,
+    stride: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 [B, H, W, C], its border already in it, × int8 [N, R, S, C] -> [B, P, Q, N]; the rest as for `int8_linear`."""
+    total = reference.accumulate_conv2d(x, weight, _pair(stride))
+    return reference.epilogue(total, scale, shift, source, beta, row_sum, offset, dtype)
+
+
+def _conv_output(x: Tensor, weight: Tensor, stride: list[int], dtype: torch.dtype) -> Tensor:
+    rows = (x.shape[1] - weight.shape[1]) // stride[0] + 1
+    columns = (x.shape[2] - weight.shape[2]) // stride[1] + 1
+    return x.new_empty(x.shape[0], rows, columns, weight.shape[0], dtype=dtype)
+
+
+@int8_conv2d.register_kernel("cuda")
+def _(x, weight, scale, shift, source, beta, row_sum, offset, stride, dtype):  # type: ignore[no-untyped-def]
+    _contiguous(x, weight, scale, shift, source, row_sum, offset)
+    out = _conv_output(x, weight, stride, dtype)
+    run_product(x, weight, _pair(stride), scale, shift, source, beta, row_sum, offset, out)
+    return out
+
+
+@int8_conv2d.register_fake
+def _(x, weight, scale, shift, source, beta, row_sum, offset, stride, dtype):  # type: ignore[no-untyped-def]
+    return _conv_output(x, weight, stride, dtype)
+
+
+@custom_op("cachequant::quantize_image", mutates_args=())
+def quantize_image(x: Tensor, grid: Tensor, pad: list[int], upsample: int) -> Tensor:
+    """[B, H, W, C] -> int8 on `grid` [4], pixels repeated `upsample` times, inside a border of the grid's zero."""
+    return reference.quantize_image(x, grid, _pad(pad), upsample).clone()
+
+
+@quantize_image.register_kernel("cuda")
+def _(x, grid, pad, upsample):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_pointwise
+
+    _contiguous(x, grid)
+    return triton_pointwise.quantize_image(x, grid, _pad(pad), upsample)
+
+
+def _padded(x: Tensor, pad: list[int], upsample: int = 1) -> Tensor:
+    height, width = x.shape[1] * upsample + pad[2] + pad[3], x.shape[2] * upsample + pad[0] + pad[1]
+    return x.new_empty(x.shape[0], height, width, x.shape[3], dtype=torch.int8)
+
+
+@quantize_image.register_fake
+def _(x, grid, pad, upsample):  # type: ignore[no-untyped-def]
+    return _padded(x, pad, upsample)
+
+
+@custom_op("cachequant::group_norm_int8", mutates_args=())
+def group_norm_int8(
+    parts: list[Tensor],
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    activate: bool,
+    grids: Tensor,
+    pad: list[int],
+) -> list[Tensor]:
+    """See `cachequant.kernels.cuda.reference.group_norm`: parts [B, H, W, C_i] -> int8, each on its row of `grids`."""
+    return reference.group_norm(parts, shift, weight, bias, groups, eps, activate, grids, _pad(pad))
+
+
+@group_norm_int8.register_kernel("cuda")
+def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_norm
+
+    _contiguous(*parts, shift, weight, bias, grids)
+    return triton_norm.group_norm(list(parts), shift, weight, bias, groups, eps, activate, grids, _pad(pad))
+
+
+@group_norm_int8.register_fake
+def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
+    return [_padded(part, pad) for part in parts]
+
+
+@custom_op("cachequant::layer_norm_int8", mutates_args=())
+def layer_norm_int8(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    grids: Tensor,
+) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.layer_norm`: [B, L, C] -> int8 [G, B, L, C]."""
+    return reference.layer_norm(x, weight, bias, scale, shift, eps, grids)
+
+
+@layer_norm_int8.register_kernel("cuda")
+def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_norm
+
+    _contiguous(x, weight, bias, scale, shift, grids)
+    return triton_norm.layer_norm(x, weight, bias, scale, shift, eps, grids)
+
+
+@layer_norm_int8.register_fake
+def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
+    return x.new_empty(grids.shape[0], *x.shape, dtype=torch.int8)
+
+
+@custom_op("cachequant::geglu_int8", mutates_args=())
+def geglu_int8(x: Tensor, grid: Tensor) -> Tensor:
+    """value·gelu(gate) of [R, 2C] = [value | gate] -> int8 [R, C]."""
+    return reference.geglu(x, grid)
+
+
+@geglu_int8.register_kernel("cuda")
+def _(x, grid):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_pointwise
+
+    _contiguous(x, grid)
+    return triton_pointwise.geglu(x, grid)
+
+
+@geglu_int8.register_fake
+def _(x, grid):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1] // 2, dtype=torch.int8)
+
+
+@custom_op("cachequant::gelu_int8", mutates_args=())
+def gelu_int8(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
+    """GELU (its tanh form if asked) of [R, C] -> int8 [R, C]."""
+    return reference.gelu(x, grid, tanh)
+
+
+@gelu_int8.register_kernel("cuda")
+def _(x, grid, tanh):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_pointwise
+
+    _contiguous(x, grid)
+    return triton_pointwise.gelu(x, grid, tanh)
+
+
+@gelu_int8.register_fake
+def _(x, grid, tanh):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@custom_op("cachequant::window_sum", mutates_args=())
+def window_sum(x: Tensor, window: list[int], stride: list[int]) -> Tensor:
+    """Σ of int8 [B, H, W, C] over a convolution's receptive field -> float32 [B, P, Q]."""
+    return reference.window_sum(x, _pair(window), _pair(stride))
+
+
+@window_sum.register_kernel("cuda")
+def _(x, window, stride):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_pointwise
+
+    _contiguous(x)
+    return triton_pointwise.window_sum(x, _pair(window), _pair(stride))
+
+
+@window_sum.register_fake
+def _(x, window, stride):  # type: ignore[no-untyped-def]
+    rows, columns = (x.shape[1] - window[0]) // stride[0] + 1, (x.shape[2] - window[1]) // stride[1] + 1
+    return x.new_empty(x.shape[0], rows, columns, dtype=torch.float32)

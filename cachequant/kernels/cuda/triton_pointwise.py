@@ -1,0 +1,158 @@
+"""Triton operators that read every value once: quantisation into padded images, GEGLU, GELU, sums of integers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Pad = tuple[int, int, int, int]
+"""Border of an image: left, right, top, bottom."""
+
+
+@triton.jit
+def round_to_grid(x: tl.tensor, grid: tl.tensor) -> tl.tensor:
+    """float32 -> the integer u of `grid` = (inverse scale, zero, low, high), in int8.
+
+    Clipped first, then rounded to nearest even by adding and taking away 1.5·2²³: the same integers as rounding first.
+    """
+    zero = tl.load(grid + 1)
+    low = tl.load(grid + 2) - zero
+    high = tl.load(grid + 3) - zero
+    scaled = tl.minimum(tl.maximum(x * tl.load(grid), low), high)
+    return ((scaled + 12582912.0) - 12582912.0 + zero).to(tl.int8)
+
+
+@triton.jit
+def padded_pixel(
+    pixel: tl.tensor,
+    out_h: tl.tensor,
+    out_w: tl.tensor,
+    left: tl.tensor,
+    top: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+) -> tl.tensor:
+    """Position in an image [B, height, width] of a position in its padded copy, and whether it is inside."""
+    column = pixel % out_w - left
+    row = (pixel // out_w) % out_h - top
+    batch = pixel // (out_w * out_h)
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return batch, row, column, inside
+
+
+@triton.jit(do_not_specialize=["pixels", "out_h", "out_w", "height", "width", "left", "top"])
+def _quantize_kernel(
+    x, grid, out, pixels, channels, out_h, out_w, height, width, left, top, upsample: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * columns + tl.arange(0, columns)
+    batch, row, column, inside = padded_pixel(pixel, out_h, out_w, left, top, height * upsample, width * upsample)
+    source = (batch * height + row // upsample) * width + column // upsample
+    valid = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    value = tl.load(x + source.to(tl.int64)[:, None] * channels + channel[None, :], valid & inside[:, None], other=0.0)
+    q = round_to_grid(value.to(tl.float32), grid)
+    q = tl.where(inside[:, None], q, tl.load(grid + 1).to(tl.int8))
+    tl.store(out + pixel.to(tl.int64)[:, None] * channels + channel[None, :], q, valid)
+
+
+def quantize_image(x: Tensor, grid: Tensor, pad: Pad, upsample: int) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.quantize_image`; x is contiguous [B, H, W, C]."""
+    b, h, w, c = x.shape
+    left, right, top, bottom = pad
+    out_h, out_w = h * upsample + top + bottom, w * upsample + left + right
+    out = torch.empty(b, out_h, out_w, c, dtype=torch.int8, device=x.device)
+    columns = min(128, triton.next_power_of_2(c))
+    rows = 4096 // columns
+    blocks = (triton.cdiv(b * out_h * out_w, rows), triton.cdiv(c, columns))
+    _quantize_kernel[blocks](
+        x, grid, out, b * out_h * out_w, c, out_h, out_w, h, w, left, top, upsample, rows=rows, columns=columns
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def _geglu_kernel(x, grid, out, count, channels, rows: tl.constexpr, columns: tl.constexpr):
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * columns + tl.arange(0, columns)
+    valid = (row < count)[:, None] & (channel < channels)[None, :]
+    at = row.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
+    value = tl.load(x + at, valid, other=0.0).to(tl.float32)
+    gate = tl.load(x + at + channels, valid, other=0.0).to(tl.float32)
+    y = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out + row.to(tl.int64)[:, None] * channels + channel[None, :], round_to_grid(y, grid), valid)
+
+
+def geglu(x: Tensor, grid: Tensor) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.geglu`; x is contiguous [R, 2C]."""
+    count, channels = x.shape[0], x.shape[1] // 2
+    out = torch.empty(count, channels, dtype=torch.int8, device=x.device)
+    columns = min(256, triton.next_power_of_2(channels))
+    rows = 2048 // columns
+    blocks = (triton.cdiv(count, rows), triton.cdiv(channels, columns))
+    _geglu_kernel[blocks](x, grid, out, count, channels, rows=rows, columns=columns)
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gelu_kernel(x, grid, out, count, tanh: tl.constexpr, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    value = tl.load(x + at, at < count, other=0.0).to(tl.float32)
+    if tanh:  # ½(1 + tanh y) = sigmoid(2y)
+        y = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    else:
+        y = value * 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+    tl.store(out + at, round_to_grid(y, grid), at < count)
+
+
+def gelu(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.gelu`; x is contiguous."""
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, grid, out, x.numel(), tanh=tanh, block=2048)
+    return out
+
+
+@triton.jit(do_not_specialize=["count", "height", "width", "out_h", "out_w", "stride_h", "stride_w"])
+def _window_sum_kernel(
+    x, out, count, channels, height, width, out_h, out_w, stride_h, stride_w,
+    window_h: tl.constexpr, window_w: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
+    column = (pixel % out_w) * stride_w
+    row = ((pixel // out_w) % out_h) * stride_h
+    first = ((pixel // (out_w * out_h)) * height + row) * width + column
+    total = tl.zeros([rows], dtype=tl.int32)
+    for tap in range(window_h * window_w):
+        at = (first + (tap // window_w) * width + tap % window_w).to(tl.int64) * channels
+        for start in range(0, channels, columns):
+            channel = start + tl.arange(0, columns)
+            valid = (pixel < count)[:, None] & (channel < channels)[None, :]
+            total += tl.sum(tl.load(x + at[:, None] + channel[None, :], valid, other=0).to(tl.int32), axis=1)
+    tl.store(out + pixel, total.to(tl.float32), pixel < count)
+
+
+def window_sum(x: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.window_sum`; x is contiguous int8 [B, H, W, C]."""
+    b, h, w, c = x.shape
+    out_h, out_w = (h - window[0]) // stride[0] + 1, (w - window[1]) // stride[1] + 1
+    out = torch.empty(b, out_h, out_w, dtype=torch.float32, device=x.device)
+    columns = min(256, triton.next_power_of_2(c))
+    rows = 16
+    _window_sum_kernel[(triton.cdiv(out.numel(), rows),)](
+        x,
+        out,
+        out.numel(),
+        c,
+        h,
+        w,
+        out_h,
+        out_w,
+        *stride,
+        window_h=window[0],
+        window_w=window[1],
+        rows=rows,
+        columns=columns,
+    )
+    return out

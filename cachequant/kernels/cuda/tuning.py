@@ -1,0 +1,124 @@
+"""Which kernel is fastest for each shape on this card: measured once, kept on disk beside the compiled libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cachequant.kernels.cuda.build import folder
+
+CALLS, REPEATS = 10, 5
+"""Calls in one captured graph, and how often it is timed; the median counts."""
+
+Measure = Callable[[Callable[[], None]], float]
+
+
+def measure(call: Callable[[], None]) -> float:
+    """Median milliseconds of one call, replayed from a CUDA graph: launching from Python takes longer than many kernels."""
+    call()  # loads and compiles
+    torch.cuda.synchronize()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        try:
+            for _ in range(CALLS):
+                call()
+        finally:
+            graph.capture_end()
+        graph.replay()
+        times = [_elapsed(graph) for _ in range(REPEATS)]
+    torch.cuda.current_stream().wait_stream(side)
+    return statistics.median(times) / CALLS
+
+
+def _elapsed(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of one replay on the current stream."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+@dataclass
+class TuningTable:
+    """Shape -> name of the fastest kernel, for one kind of card.
+
+    Attributes:
+        path: JSON file; read once, written whenever something was measured.
+        measure: returns the milliseconds of a call.
+        chosen: key -> kernel.
+        failures: kernel and key -> why it was left out.
+    """
+
+    path: Path
+    measure: Measure = measure
+    chosen: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(device: torch.device) -> TuningTable:
+        """The table of a card, from disk where there is one."""
+        name = torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
+        table = TuningTable(folder() / f"tuning-{name}.json")
+        table.read()
+        return table
+
+    def read(self) -> None:
+        """Take over what the file holds; a file that is cut short is as good as none."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(found, dict):
+            self.chosen = {str(key): str(value) for key, value in found.items()}
+
+    def write(self) -> None:
+        """Replace the file as a whole, so that two processes cannot leave half a table."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as scratch:
+            json.dump(self.chosen, scratch, indent=0, sort_keys=True)
+        os.replace(scratch.name, self.path)
+
+    def best(self, key: str, names: Sequence[str], call: Callable[[str], None], may_measure: bool = True) -> str:
+        """The kernel for `key`: the one on file if it is still offered, else the fastest of `names`.
+
+        A kernel that fails, or finds no memory, is left out.
+
+        Args:
+            key: names the operation, its shapes and what is fused.
+            names: kernels that support it, the most promising first.
+            call: runs one of them.
+            may_measure: False while a CUDA graph is captured: the first of `names` is returned, and not filed.
+
+        Raises:
+            RuntimeError: none of them runs; the message has every reason.
+        """
+        known = self.chosen.get(key)
+        if known in names:
+            return str(known)
+        if not may_measure:
+            return names[0]
+        times: dict[str, float] = {}
+        reasons = []
+        for name in names:
+            try:
+                times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
+            except Exception as error:  # Triton's errors share no base with torch's; the reason is kept
+                torch.cuda.empty_cache()
+                reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}")
+                self.failures[f"{name} {key}"] = reasons[-1]
+        if not times:
+            raise RuntimeError(f"no kernel runs {key}: {'; '.join(reasons)}")
+        self.chosen[key] = min(times, key=lambda name: times[name])
+        self.write()
+        return self.chosen[key]

@@ -1,0 +1,154 @@
+"""What changes from step to step, on the device: one index selects every layer's scales, so that a static CUDA graph serves
+all steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachequant.quant.observer import StepQuantizer
+from cachequant.types import ActivationTable, AffineMap
+
+ALIGN = 32
+"""Columns of every layer start at a multiple of this, for wide loads."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The output channels of one layer segment in the tables: the slice [start, start + size)."""
+
+    start: int
+    size: int
+
+
+class StepTables:
+    """Grids of all activations and epilogues of all products, of the step that `load` was last called for.
+
+    Layers register with `add_grids` and `add_columns`; `freeze` then makes the tables, whose rows of the current step stay
+    at the same addresses for good.
+
+    Args:
+        num_steps: T.
+        device: where the layers run.
+    """
+
+    def __init__(self, num_steps: int, device: torch.device) -> None:
+        self.num_steps, self.device = num_steps, device
+        self.loaded: int | None = None
+        self._activations: list[ActivationTable] = []
+        self._known: dict[bytes, int] = {}
+        self._width = 0
+        self._columns: list[tuple[Columns, int, Tensor, Tensor | None, Tensor, Tensor | None]] = []
+        self._corrections: list[tuple[Columns, dict[int, AffineMap]]] = []
+
+    def add_grids(self, tables: tuple[ActivationTable, ...]) -> int:
+        """Register the segments of one layer's input, in consecutive rows; inputs with equal tables share theirs."""
+        key = b"|".join(
+            b"".join(t.contiguous().numpy().tobytes() for t in (table.steps, table.scale, table.zero_point))
+            + bytes([table.bits])
+            for table in tables
+        )
+        if key not in self._known:
+            self._known[key] = len(self._activations)
+            self._activations.extend(tables)
+        return self._known[key]
+
+    def add_columns(
+        self,
+        grid: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        sums: Tensor,
+        offset: Tensor | None,
+        corrections: dict[int, AffineMap] | None = None,
+    ) -> Columns:
+        """Register the epilogue of one product.
+
+        Args:
+            grid: row of its input.
+            scale, sums, offset: [N] of `DeviceWeight`.
+            bias: [N] or None.
+            corrections: step -> a₂, b₂.
+        """
+        made = Columns(self._width, len(scale))
+        self._width += -(-len(scale) // ALIGN) * ALIGN
+        self._columns.append((made, grid, scale, bias, sums, offset))
+        if corrections:
+            self._corrections.append((made, corrections))
+        return made
+
+    def freeze(self) -> None:
+        """Make the tables; nothing can be registered afterwards."""
+        rows = [[StepQuantizer(t.bits, table=t).row(s) for t in self._activations] for s in range(self.num_steps)]
+        half = torch.tensor([2.0 ** (table.bits - 1) for table in self._activations])  # [G]
+        found = torch.tensor(rows, dtype=torch.float64).view(self.num_steps, -1, 2)  # [T, G, (scale, zero point)]
+        scale, zero = found[..., 0], found[..., 1] - half
+        inverse = (1.0 / scale).float()
+        self._grids = torch.stack(
+            [inverse, zero.float(), (-half).expand_as(inverse), (half - 1).expand_as(inverse)], dim=2
+        ).to(self.device)  # [T, G, 4]
+        self._inputs = torch.stack([scale.float(), zero.float()], dim=2).to(self.device)  # [T, G, 2]
+        self.step = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._freeze_columns()
+        self._freeze_corrections()
+        self.grids = self._grids[0].clone()  # [G, 4]
+        self.scale, self.shift, self.offset = (torch.zeros_like(self._factor) for _ in range(3))  # [C]
+
+    def _freeze_columns(self) -> None:
+        self._owner = torch.zeros(self._width, dtype=torch.int64, device=self.device)
+        self._factor, self._base, self._sums, self._offset = torch.zeros(4, self._width, device=self.device)
+        for made, grid, scale, bias, sums, offset in self._columns:
+            at = slice(made.start, made.start + made.size)
+            self._owner[at], self._factor[at], self._sums[at] = grid, scale, sums
+            if bias is not None:
+                self._base[at] = bias
+            if offset is not None:
+                self._offset[at] = offset
+        self._columns.clear()
+
+    def _freeze_corrections(self) -> None:
+        self._where: Tensor | None = None
+        if not self._corrections:
+            return
+        width = sum(made.size for made, _ in self._corrections)
+        gain, lift = torch.ones(self.num_steps, width), torch.zeros(self.num_steps, width)
+        places, begin = [], 0
+        for made, maps in self._corrections:
+            places.append(torch.arange(made.start, made.start + made.size))
+            for step, affine in maps.items():
+                gain[step, begin : begin + made.size] = affine.scale.cpu()
+                lift[step, begin : begin + made.size] = affine.shift.cpu()
+            begin += made.size
+        self._where = torch.cat(places).to(self.device)  # [C']
+        self._gain, self._lift = gain.to(self.device), lift.to(self.device)  # [T, C']
+        self._corrections.clear()
+
+    def ensure(self, step: int) -> None:
+        """Have the rows of `step`, which the host knows, in place; nothing is copied if they are."""
+        if self.loaded != step:
+            self.step.fill_(step)
+            self.load()
+            self.loaded = step
+
+    def load(self) -> None:
+        """Compute the rows of the step in `self.step`, on the device: the first thing in a captured step.
+
+        scale = s·s_w·a₂,  shift = bias + b₂ - scale·zero·(Σ w + o·n),  offset = scale·o.
+        """
+        self.grids.copy_(self._grids.index_select(0, self.step)[0])
+        found = self._inputs.index_select(0, self.step)[0].index_select(0, self._owner)  # [C, 2]
+        torch.mul(self._factor, found[:, 0], out=self.scale)
+        if self._where is not None:
+            gain = self._gain.index_select(0, self.step)[0]
+            self.scale.index_copy_(0, self._where, self.scale.index_select(0, self._where) * gain)
+        torch.addcmul(self._base, self.scale, found[:, 1] * self._sums, value=-1, out=self.shift)
+        if self._where is not None:
+            self.shift.index_add_(0, self._where, self._lift.index_select(0, self.step)[0])
+        torch.mul(self.scale, self._offset, out=self.offset)
+
+    def of(self, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, shift, offset) of one product at the current step, each [N]: views that stay valid."""
+        at = slice(columns.start, columns.start + columns.size)
+        return self.scale[at], self.shift[at], self.offset[at]

@@ -1,0 +1,306 @@
+"""Every int8 kernel on this GPU against exact integers and float64: fresh random inputs, poisoned outputs.
+
+Prints one line per kernel and writes all cases to --json; the exit status is 1 if any case fails, 2 without a GPU.
+`--quick` runs the smallest shapes only, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachequant.kernels.cuda import dispatch, ops, reference
+from cachequant.kernels.cuda.triton_product import BLOCKS
+
+LINEAR = [
+    (1, 16, 16),
+    (7, 24, 48),
+    (154, 320, 768),
+    (200, 640, 640),
+    (513, 1280, 1280),
+    (4096, 320, 320),
+    (64, 5120, 640),
+]
+"""[M, N, K]: minimal, odd, and as Stable Diffusion's."""
+
+CONV = [
+    ((1, 3, 3, 16), 16, (3, 3), (1, 1)),
+    ((2, 7, 5, 32), 24, (3, 3), (1, 1)),
+    ((2, 10, 10, 1280), 320, (3, 3), (1, 1)),
+    ((2, 34, 34, 320), 640, (3, 3), (1, 1)),
+    ((1, 66, 66, 320), 320, (3, 3), (1, 1)),
+    ((2, 34, 34, 320), 320, (3, 3), (2, 2)),  # the last row and column of an even image are not read
+    ((2, 33, 33, 64), 128, (3, 3), (2, 2)),  # asymmetric border: one row and one column
+    ((2, 16, 16, 640), 320, (1, 1), (1, 1)),
+]
+"""([B, H, W, C], N, window, stride), the border already in the image."""
+
+
+PARTS = ((), ("shift",), ("shift", "source"), ("shift", "source", "sums"))
+
+
+@dataclass
+class Case:
+    """One comparison: `error` is ‖out - ref‖ / ‖ref‖, or the share of integers that are off by one."""
+
+    kernel: str
+    case: str
+    error: float
+    limit: float
+    ok: bool
+
+
+def integers(*shape: int, low: int = -128, high: int = 128) -> Tensor:
+    return torch.randint(low, high, shape, dtype=torch.int8, device="cuda")
+
+
+def poison(out: Tensor) -> Tensor:
+    return out.fill_(-77) if out.dtype is torch.int8 else out.fill_(float("nan"))
+
+
+def compare(kernel: str, case: str, found: Tensor, expected: Tensor, limit: float) -> Case:
+    """Floating point by relative norm; integers may be off by one where rounding before them differs, rarely."""
+    if found.dtype is torch.int8:
+        gap = (found.int() - expected.int()).abs()
+        share = float((gap > 0).float().mean())
+        return Case(kernel, case, share, limit, bool(gap.max() <= 1) and share <= limit)
+    wrong = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    return Case(kernel, case, float(wrong), limit, bool(wrong <= limit))  # NaN never passes
+
+
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.int8: 0.01}
+
+
+def product_case(
+    name: str, x: Tensor, w: Tensor, stride: tuple[int, int], dtype: torch.dtype, parts: tuple[str, ...]
+) -> Case:
+    """One kernel on random integers of the whole range."""
+    total = reference.accumulate_linear(x, w) if x.dim() == 2 else reference.accumulate_conv2d(x, w, stride)
+    n, rows = w.shape[0], tuple(total.shape[:-1])
+    spread = total.float().std().clamp(min=1)
+    to = 40.0 if dtype is torch.int8 else 1.0
+    scale = (0.5 + torch.rand(n, device="cuda")) / spread * to
+    shift = torch.randn(n, device="cuda") * to if "shift" in parts else None
+    kind = torch.float16 if dtype is torch.int8 else dtype
+    source = torch.randn(*rows, n, device="cuda").to(kind) if "source" in parts else None
+    sums = torch.randint(-5000, 5000, rows, device="cuda").float() if "sums" in parts else None
+    offset = torch.randn(n, device="cuda") * 1e-4 * to if "sums" in parts else None
+    out = poison(torch.empty(*rows, n, dtype=dtype, device="cuda"))
+    dispatch.run_product(x, w, stride, scale, shift, source, 0.5, sums, offset, out, name=name)
+    expected = reference.epilogue(total, scale, shift, source, 0.5, sums, offset, torch.float32)
+    expected = reference.cast(expected, torch.int8) if dtype is torch.int8 else expected
+    label = f"{list(x.shape)}x{list(w.shape)} stride {stride[0]} {'+'.join(parts) or 'plain'} {str(dtype)[6:]}"
+    return compare(name, label, out, expected, LIMITS[dtype])
+
+
+def exact_case(name: str, x: Tensor, w: Tensor, stride: tuple[int, int], dtype: torch.dtype) -> Case:
+    """Sums small enough for the output's type to hold them: every integer must be right."""
+    bound = 100 if dtype is torch.int8 else 256 if dtype is torch.bfloat16 else 2048
+    few = (torch.rand(w.shape, device="cuda") < bound / max(1, w[0].numel())).to(torch.int8)
+    small, weight = x.clamp(-1, 1), few * w.sign()
+    total = (
+        reference.accumulate_linear(small, weight)
+        if x.dim() == 2
+        else reference.accumulate_conv2d(small, weight, stride)
+    )
+    out = poison(torch.empty(total.shape, dtype=dtype, device="cuda"))
+    one = torch.ones(w.shape[0], device="cuda")
+    dispatch.run_product(small, weight, stride, one, None, None, 0.0, None, None, out, name=name)
+    wrong = float((out.float() != reference.cast(total.float(), dtype).float()).float().mean())
+    return Case(name, f"exact {list(x.shape)}x{list(w.shape)} {str(dtype)[6:]}", wrong, 0.0, wrong == 0.0)
+
+
+FIRST_TRITON = dispatch.TRITON + "x".join(map(str, BLOCKS[0]))
+
+
+def names_of(operation: str, channels: int, outputs: int, dtype: torch.dtype, sums: bool, triton: bool) -> list[str]:
+    """Every kernel that claims to support a layer, of both architectures' compiled ones or of Triton's."""
+    names: dict[str, None] = {}
+    for capability in (torch.cuda.get_device_capability(), (8, 9)):
+        names |= dict.fromkeys(dispatch.candidates(capability, operation, channels, outputs, dtype, sums))
+    return [name for name in names if name.startswith(dispatch.TRITON) == triton]
+
+
+def products(quick: bool, triton: bool) -> Iterator[Case]:
+    """Linear layers and convolutions on every compiled kernel, output type and epilogue, or on Triton's.
+
+    Triton compiles each combination when it is met, so there only the first tile meets all of them.
+    """
+    shapes: list[tuple[Tensor, Tensor, tuple[int, int]]] = []
+    for m, n, k in LINEAR[:2] if quick else LINEAR:
+        shapes.append((integers(m, k), integers(n, k), (1, 1)))
+    for image, n, window, stride in CONV[:2] if quick else CONV:
+        shapes.append((integers(*image), integers(n, *window, image[3]), stride))
+    if triton:  # channels that only these take
+        shapes.append((integers(9, 7), integers(5, 7), (1, 1)))
+        shapes.append((integers(2, 6, 6, 4), integers(3, 3, 3, 4), (1, 1)))
+    for (x, w, stride), dtype in itertools.product(shapes, (torch.float16, torch.bfloat16, torch.int8)):
+        operation = "linear" if x.dim() == 2 else "conv2d"
+        for parts in PARTS[-1:] if quick else PARTS:
+            for name in names_of(operation, x.shape[-1], w.shape[0], dtype, "sums" in parts, triton):
+                if not triton or (dtype is torch.float16 and parts == PARTS[-1]) or name == FIRST_TRITON:
+                    yield attempt(name, f"{list(x.shape)} {parts}", product_case, name, x, w, stride, dtype, parts)
+        for name in names_of(operation, x.shape[-1], w.shape[0], dtype, False, triton):
+            if not triton or name == FIRST_TRITON:
+                yield attempt(name, f"exact {list(x.shape)}", exact_case, name, x, w, stride, dtype)
+
+
+def attempt(kernel: str, case: str, check: Callable[..., Case], *arguments: Any) -> Case:
+    """A kernel that raises fails its case; the others go on."""
+    try:
+        made = check(*arguments)
+        torch.cuda.synchronize()
+        return made
+    except Exception as error:  # Triton's errors share no base with torch's
+        return Case(kernel, f"{case}: {type(error).__name__} {str(error)[:150]}", float("inf"), 0.0, False)
+
+
+def grid(zero: float, step: float = 0.03) -> Tensor:
+    return torch.tensor([1 / step, zero, -128.0, 127.0], device="cuda")
+
+
+def group_norm_case(
+    size: tuple[int, int, int], widths: tuple[int, ...], pad: list[int], shifted: bool, dtype: torch.dtype
+) -> Case:
+    """GroupNorm + SiLU of one image or two halves; the worst half counts."""
+    grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])[: len(widths)].contiguous()
+    parts = [torch.randn(*size, c, device="cuda").to(dtype) + 1 for c in widths]
+    gain, base = (torch.randn(sum(widths), device="cuda").to(dtype) for _ in range(2))
+    shift = torch.randn(size[0], sum(widths), device="cuda").to(dtype) if shifted else None
+    found = ops.group_norm_int8(parts, shift, gain, base, 32, 1e-5, True, grids, pad)
+    left, right, top, bottom = pad
+    expected = reference.group_norm(parts, shift, gain, base, 32, 1e-5, True, grids, (left, right, top, bottom))
+    label = f"{list(size)} {widths} pad {pad} {str(dtype)[6:]}"
+    cases = [compare("group_norm_int8", label, f, e, 0.01) for f, e in zip(found, expected, strict=True)]
+    return max(cases, key=lambda case: (not case.ok, case.error))
+
+
+def layer_norm_case(size: tuple[int, int], channels: int, affine: bool, modulate: bool, dtype: torch.dtype) -> Case:
+    """LayerNorm on two grids."""
+    grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])
+    x = torch.randn(*size, channels, device="cuda").to(dtype) + 1
+    weight, bias = (torch.randn(channels, device="cuda").to(dtype) if affine else None for _ in range(2))
+    scale, shift = (torch.randn(size[0], channels, device="cuda").to(dtype) if modulate else None for _ in range(2))
+    found = ops.layer_norm_int8(x, weight, bias, scale, shift, 1e-5, grids)
+    expected = reference.layer_norm(x, weight, bias, scale, shift, 1e-5, grids)
+    return compare("layer_norm_int8", f"{list(x.shape)} {affine} {modulate} {str(dtype)[6:]}", found, expected, 0.01)
+
+
+def quantize_case(size: tuple[int, int, int], pad: list[int], upsample: int, dtype: torch.dtype) -> Case:
+    """Quantisation into a padded, perhaps enlarged image: no integer may differ."""
+    x = torch.randn(*size, 320, device="cuda").to(dtype) * 3
+    left, right, top, bottom = pad
+    expected = reference.quantize_image(x, grid(-17.0), (left, right, top, bottom), upsample)
+    label = f"{list(size)} pad {pad} x{upsample} {str(dtype)[6:]}"
+    return compare("quantize_image", label, ops.quantize_image(x, grid(-17.0), pad, upsample), expected, 0.0)
+
+
+def gelu_case(rows: int, kind: str, dtype: torch.dtype) -> Case:
+    """The activations of feed-forward layers."""
+    x = torch.randn(rows, 1280, device="cuda").to(dtype)
+    if kind == "geglu":
+        found, expected = ops.geglu_int8(x, grid(5.0)), reference.geglu(x, grid(5.0))
+    else:
+        found, expected = ops.gelu_int8(x, grid(5.0), kind == "tanh"), reference.gelu(x, grid(5.0), kind == "tanh")
+    return compare(f"{kind}_int8", f"{list(x.shape)} {str(dtype)[6:]}", found, expected, 0.01)
+
+
+def window_case(image: tuple[int, ...], window: tuple[int, int], stride: tuple[int, int]) -> Case:
+    """Sums over a convolution's window, exact."""
+    x = integers(*image)
+    found, expected = ops.window_sum(x, list(window), list(stride)), reference.window_sum(x, window, stride)
+    return Case("window_sum", str(image), float((found != expected).float().mean()), 0.0, torch.equal(found, expected))
+
+
+def pointwise(quick: bool) -> Iterator[Case]:
+    """Normalisations, quantisation, activations, window sums: the operators as the network calls them."""
+    sizes = [(2, 3, 5)] if quick else [(1, 1, 1), (2, 8, 8), (2, 7, 9), (2, 32, 32), (2, 64, 64), (1, 40, 33)]
+    paddings = ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1])
+    for size, dtype in itertools.product(sizes, (torch.float16, torch.bfloat16, torch.float32)):
+        if dtype is not torch.float16 and size != sizes[-1]:
+            continue
+        for widths, pad in itertools.product(((32,), (320,), (64, 32), (640, 320)), paddings):
+            arguments = (size, widths, pad, pad != paddings[0], dtype)
+            yield attempt("group_norm_int8", str(arguments), group_norm_case, *arguments)
+        for pad, upsample in zip(paddings, (1, 2, 1), strict=True):
+            yield attempt("quantize_image", str((size, pad)), quantize_case, size, pad, upsample, dtype)
+        rows = (size[0], size[1] * size[2])
+        for channels, flags in itertools.product((320, 1152, 1280), ((True, False), (False, True), (True, True))):
+            yield attempt("layer_norm_int8", str((rows, channels)), layer_norm_case, rows, channels, *flags, dtype)
+        for kind in ("geglu", "tanh", "gelu"):
+            yield attempt(f"{kind}_int8", str(rows), gelu_case, rows[0] * rows[1], kind, dtype)
+    for image, _, window, stride in CONV[:2] if quick else CONV:
+        yield attempt("window_sum", str(image), window_case, image, window, stride)
+
+
+def graphs() -> Iterator[Case]:
+    """The operators inside a CUDA graph: replayed on new inputs they give what they give outside."""
+    x, w = torch.empty(2, 16, 16, 64, device="cuda", dtype=torch.float16), integers(128, 3, 3, 64)
+    scale, step, gain = torch.rand(128, device="cuda") * 1e-3, grid(-9.0), torch.ones(64, device="cuda").half()
+    sequence = torch.stack([step])
+
+    def run() -> Tensor:
+        (q,) = ops.group_norm_int8([x], None, gain, gain, 32, 1e-5, True, sequence, [1, 1, 1, 1])
+        return ops.int8_conv2d(q, w, scale, None, None, 1.0, None, None, [1, 1], torch.float16)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x.normal_()
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = run()
+    for round_ in range(3):
+        x.normal_()
+        sequence[0, 1] = float(round_ - 20)  # another step's zero point, from the same memory
+        expected = run()
+        poison(made)
+        graph.replay()
+        torch.cuda.synchronize()
+        yield compare("cuda graph", f"replay {round_}", made, expected, 0.0)
+
+
+PARTS_OF_CHECK: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "compiled": lambda quick: products(quick, triton=False),
+    "triton": lambda quick: products(quick, triton=True),
+    "pointwise": pointwise,
+    "graphs": lambda quick: graphs(),
+}
+
+
+def main() -> int:
+    """Run everything, print a table, write the cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="file for all cases")
+    parser.add_argument("--part", choices=tuple(PARTS_OF_CHECK), action="append", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: no GPU was found, expected a CUDA device: run this on a machine with one", file=sys.stderr)
+        return 2
+    torch.backends.cuda.matmul.allow_tf32 = False
+    cases = [case for part in given.part or PARTS_OF_CHECK for case in PARTS_OF_CHECK[part](given.quick)]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {len(cases)} cases")
+    for kernel in dict.fromkeys(case.kernel for case in cases):
+        own = [case for case in cases if case.kernel == kernel]
+        failed = [case for case in own if not case.ok]
+        worst = max(own, key=lambda case: (not case.ok, case.error))
+        print(f"{'FAILED' if failed else 'ok':6} {kernel:60} {len(own) - len(failed)}/{len(own)} worst {worst.error:.2e}"
+              + (f"  {worst.case}" if failed else ""))  # fmt: skip
+    if given.json is not None:
+        given.json.write_text(json.dumps([asdict(case) for case in cases], indent=0), encoding="utf-8")
+    return int(any(not case.ok for case in cases))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

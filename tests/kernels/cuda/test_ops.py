@@ -1,0 +1,134 @@
+"""The operators' schemas and shapes as torch.compile sees them, and their mathematics on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from cachequant.kernels.cuda import ops, reference
+
+GRIDS = torch.tensor([[20.0, 5.0, -128.0, 127.0], [30.0, -9.0, -128.0, 127.0]])
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def cases() -> dict[str, tuple]:
+    x, w = integers(6, 16), integers(8, 16)
+    image, kernel = integers(2, 6, 5, 16), integers(8, 3, 3, 16)
+    scale, shift = torch.rand(8), torch.rand(8)
+    h, c = torch.randn(2, 4, 3, 8).half(), torch.randn(2, 16).half()
+    tokens = torch.randn(2, 5, 8).half()
+    return {
+        "int8_linear": (x, w, scale, None, None, 1.0, None, None, torch.float16),
+        "int8_conv2d": (
+            image, kernel, scale, shift, torch.rand(2, 2, 2, 8).half(), 0.5, torch.rand(2, 2, 2), scale, [2, 2], torch.int8,
+        ),
+        "quantize_image": (h, GRIDS[0], [1, 1, 1, 1], 2),
+        "group_norm_int8": ([h, h + 1], c, torch.rand(16), torch.rand(16), 4, 1e-5, True, GRIDS, [0, 1, 0, 1]),
+        "layer_norm_int8": (tokens, torch.rand(8), torch.rand(8), tokens[:, 0].clone(), tokens[:, 1].clone(), 1e-5, GRIDS),
+        "geglu_int8": (tokens[0].clone(), GRIDS[0]),
+        "gelu_int8": (tokens[0].clone(), GRIDS[1], True),
+        "window_sum": (image, [3, 3], [1, 1]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_schema_and_fake_agree_with_the_operator(name):
+    opcheck(getattr(ops, name), cases()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def quantized(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, float, float, torch.Tensor]:
+    """(q, scale, zero point, grid on the device) of the plan's affine grid."""
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    levels = 2**bits - 1
+    scale = (high - low) / levels
+    zero_point = round(-low / scale)
+    half = 2 ** (bits - 1)
+    grid = torch.tensor([1 / scale, zero_point - half, -half, half - 1])
+    q = (x * grid[0]).round().clamp(-zero_point, levels - zero_point) + zero_point
+    return q, scale, float(zero_point), grid
+
+
+@pytest.mark.parametrize(("padding", "stride"), [(1, 1), (1, 2), (0, 1)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_padded_convolution_equals_the_plans_integers(padding, stride, asymmetric):
+    """Zero points differ from 0, on both sides: the folded form of the package's docstring against (q - z)·(q_w - z_w)."""
+    x = torch.randn(2, 5, 7, 8) + 0.4
+    q, scale, zero_point, grid = quantized(x)
+    q_w = torch.randint(0, 256, (6, 3, 3, 8)).double()
+    zero_w = torch.randint(100, 156, (6,)).double() if asymmetric else torch.full((6,), 128.0, dtype=torch.float64)
+    scale_w, bias = torch.rand(6) * 0.01, torch.randn(6)
+    centred = q_w - zero_w[:, None, None, None]
+    exact = F.conv2d(
+        (q.double() - zero_point).permute(0, 3, 1, 2), centred.permute(0, 3, 1, 2), stride=stride, padding=padding
+    ).permute(0, 2, 3, 1)
+    expected = scale * scale_w.double() * exact + bias.double()
+
+    rows = centred.flatten(1)
+    offset = (rows.amax(1) - 127).clamp(min=0) + (rows.amin(1) + 128).clamp(max=0)  # o of each channel
+    weight = (centred - offset[:, None, None, None]).to(torch.int8)
+    assert bool(offset.any()) == asymmetric
+    u = ops.quantize_image(x, grid, [padding] * 4, 1)
+    factor = scale * scale_w
+    shift = bias - factor * grid[1] * (weight.double().flatten(1).sum(1) + offset * rows.shape[1]).float()
+    sums = ops.window_sum(u, [3, 3], [stride, stride]) if asymmetric else None
+    found = ops.int8_conv2d(
+        u, weight, factor, shift, None, 1.0, sums, factor * offset.float() if asymmetric else None,
+        [stride, stride], torch.float32,
+    )  # fmt: skip
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+
+
+def test_two_halves_accumulate_instead_of_being_concatenated():
+    x, weight = integers(9, 24), integers(5, 24)
+    scale = torch.rand(5) * 1e-3
+    whole = ops.int8_linear(x, weight, scale, None, None, 1.0, None, None, torch.float32)
+    first = ops.int8_linear(
+        x[:, :16].contiguous(), weight[:, :16].contiguous(), scale, None, None, 1.0, None, None, torch.float32
+    )
+    both = ops.int8_linear(
+        x[:, 16:].contiguous(), weight[:, 16:].contiguous(), scale, None, first, 1.0, None, None, torch.float32
+    )
+    torch.testing.assert_close(both, whole)
+
+
+def test_an_integer_output_is_the_requantised_product():
+    """scale and shift divided by the next grid's step, plus its zero: rounding and clipping come with the cast."""
+    x, weight = integers(7, 32), integers(4, 32)
+    scale, shift, step, zero = torch.rand(4) * 1e-3, torch.randn(4), 0.05, 11.0
+    real = ops.int8_linear(x, weight, scale, shift, None, 1.0, None, None, torch.float32)
+    found = ops.int8_linear(x, weight, scale / step, shift / step + zero, None, 1.0, None, None, torch.int8)
+    expected = ((real / step).round() + zero).clamp(-128, 127)
+    assert (found.float() - expected).abs().max() <= 1  # a half may fall on either side
+    assert ((found.float() - expected) != 0).float().mean() < 0.05
+
+
+def test_accumulation_is_exact_where_float32_is_not():
+    k = 20000
+    x, weight = torch.full((1, k), 127, dtype=torch.int8), torch.full((1, k), 127, dtype=torch.int8)
+    weight[0, 0] = 126
+    assert reference.accumulate_linear(x, weight).item() == 127 * 127 * (k - 1) + 127 * 126  # above 2^24, odd
+
+
+def test_products_are_seen_by_the_compiler():
+    x, weight, scale = integers(4, 16), integers(8, 16), torch.rand(8)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return ops.int8_linear(x, weight, scale, None, None, 1.0, None, None, torch.float32) * 2
+
+    program = torch.export.export(_Wrapped(step), (x,))
+    assert "int8_linear" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), step(x))
+
+
+class _Wrapped(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)

@@ -1,0 +1,209 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, against float64 and exact integers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed (it comes with CUDA builds of torch)")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=0: these tests need the interpreter", allow_module_level=True)
+
+from cachequant.kernels.cuda import reference, triton_norm, triton_pointwise, triton_product
+
+GRIDS = torch.tensor([[1 / 0.031, -17.0, -128.0, 127.0], [1 / 0.053, 40.0, -128.0, 127.0]])
+"""Two activations' grids: inverse scale, zero, low, high."""
+
+FOUR_BITS = torch.tensor([1 / 0.4, 3.0, -8.0, 7.0])
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every buffer starts as rubbish: an element that a kernel leaves out shows."""
+    torch.manual_seed(0)
+    original = torch.empty
+
+    def empty(*args, **kwargs):
+        made = original(*args, **kwargs)
+        return made.fill_(-77 if made.dtype is torch.int8 else float("nan"))
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float16, spread: float = 1.5) -> torch.Tensor:
+    return (torch.randn(*shape) * spread).to(dtype)
+
+
+def integers(*shape: int) -> torch.Tensor:
+    made = torch.randint(-128, 128, shape, dtype=torch.int8)
+    made.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
+    return made
+
+
+def assert_same_integers(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for values that rounding of the floating-point work before them puts on the other side of a half."""
+    assert found.shape == expected.shape
+    gap = (found.int() - expected.int()).abs()
+    assert gap.max() <= 1
+    assert (gap > 0).sum() <= max(1, 0.005 * gap.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "pad", "upsample"),
+    [
+        ((1, 1, 1, 1), (0, 0, 0, 0), 1),
+        ((2, 5, 7, 3), (1, 1, 1, 1), 1),
+        ((1, 4, 6, 130), (0, 1, 0, 1), 1),
+        ((2, 3, 5, 20), (1, 1, 1, 1), 2),
+    ],
+)
+def test_quantize_image(shape, pad, upsample, dtype):
+    x = draw(*shape, dtype=dtype, spread=4.0)  # about a tenth saturates
+    for grid in (*GRIDS, FOUR_BITS):
+        found = triton_pointwise.quantize_image(x, grid, pad, upsample)
+        assert torch.equal(found, reference.quantize_image(x, grid, pad, upsample))
+
+
+def test_rounding_is_to_nearest_even_and_saturates():
+    grid = torch.tensor([1.0, -3.0, -128.0, 127.0])
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 1e30, -1e30, 130.4, -125.2]).view(1, 1, -1, 1)
+    found = triton_pointwise.quantize_image(x, grid, (0, 0, 0, 0), 1).flatten()
+    assert found.tolist() == [-3, -1, -1, -3, -5, 127, -128, 127, -128]
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(1, 1), (5, 33), (3, 300)])
+def test_geglu(rows, channels):
+    x = draw(rows, 2 * channels)
+    assert_same_integers(triton_pointwise.geglu(x, GRIDS[0]), reference.geglu(x.double(), GRIDS[0]))
+
+
+@pytest.mark.parametrize("tanh", [True, False])
+def test_gelu(tanh):
+    x = draw(7, 301)
+    assert_same_integers(triton_pointwise.gelu(x, GRIDS[1], tanh), reference.gelu(x.double(), GRIDS[1], tanh))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "stride"),
+    [((1, 1, 1, 1), (1, 1), (1, 1)), ((2, 6, 7, 19), (3, 3), (1, 1)), ((1, 9, 9, 300), (3, 3), (2, 2))],
+)
+def test_window_sum(shape, window, stride):
+    x = integers(*shape) if shape[-1] > 1 else torch.full(shape, -5, dtype=torch.int8)
+    found = triton_pointwise.window_sum(x, window, stride)
+    assert torch.equal(found, reference.window_sum(x, window, stride))
+
+
+@pytest.mark.parametrize("small_image", [1, 1024])  # the three-launch path, and the one for small images
+@pytest.mark.parametrize(
+    ("widths", "size", "groups"),
+    [((4,), (1, 1), 2), ((30,), (3, 5), 5), ((64, 32), (9, 8), 32), ((40, 20), (8, 9), 4), ((20, 40), (13, 11), 4)],
+)
+@pytest.mark.parametrize("with_shift", [True, False])
+def test_group_norm(monkeypatch, small_image, widths, size, groups, with_shift):
+    monkeypatch.setattr(triton_norm, "SMALL_IMAGE", small_image)
+    channels = sum(widths)
+    parts = [draw(2, *size, width) + 3.0 for width in widths]  # a mean far from zero
+    shift = draw(2, channels) if with_shift else None
+    weight, bias = draw(channels), draw(channels)
+    args = (groups, 1e-5, True, GRIDS[: len(widths)].contiguous(), (1, 1, 1, 1))
+    found = triton_norm.group_norm(parts, shift, weight, bias, *args)
+    expected = reference.group_norm([p.double() for p in parts], shift, weight, bias, *args)
+    for one, other in zip(found, expected, strict=True):
+        assert_same_integers(one, other)
+
+
+def test_group_norm_without_activation_or_border():
+    x, weight, bias = draw(1, 4, 4, 16), draw(16), draw(16)
+    args = (4, 1e-6, False, GRIDS[:1].contiguous(), (0, 0, 0, 0))
+    (found,) = triton_norm.group_norm([x], None, weight, bias, *args)
+    (expected,) = reference.group_norm([x], None, weight, bias, *args)
+    assert_same_integers(found, expected)
+
+
+@pytest.mark.parametrize(("affine", "modulate"), [(True, False), (False, True), (False, False), (True, True)])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 5, 48), (3, 2, 70)])
+def test_layer_norm(shape, affine, modulate):
+    b, _, c = shape
+    x = draw(*shape) + 2.0
+    weight, bias = (draw(c), draw(c)) if affine else (None, None)
+    scale, shift = (draw(b, c), draw(b, c)) if modulate else (None, None)
+    found = triton_norm.layer_norm(x, weight, bias, scale, shift, 1e-5, GRIDS)
+    assert_same_integers(found, reference.layer_norm(x, weight, bias, scale, shift, 1e-5, GRIDS))
+
+
+def operands(channels: int, rows: tuple[int, ...], dtype: torch.dtype, *parts: str) -> triton_product.Operands:
+    wanted = {
+        "shift": lambda: torch.randn(channels),
+        "source": lambda: draw(*rows, channels, dtype=torch.float16 if dtype is torch.int8 else dtype),
+        "row_sum": lambda: torch.randint(-999, 999, rows).float(),
+        "offset": lambda: torch.randn(channels) * 0.01,
+    }
+    made = {name: make() if name in parts else None for name, make in wanted.items()}
+    return triton_product.Operands(scale=torch.rand(channels) * 1e-3, beta=0.5, **made)
+
+
+BLOCKS = triton_product.Blocks(16, 16, 32, 4, 1)
+PARTS = [(), ("shift",), ("shift", "source"), ("shift", "source", "row_sum", "offset")]
+
+
+def assert_product(found: torch.Tensor, total: torch.Tensor, given: triton_product.Operands) -> None:
+    expected = reference.epilogue(
+        total, given.scale, given.shift, given.source, given.beta, given.row_sum, given.offset, found.dtype
+    )
+    if found.dtype is torch.int8:
+        assert_same_integers(found, expected)
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (17, 33, 40), (150, 20, 7)])
+def test_linear(m, n, k, dtype, parts):
+    x, weight, given = (
+        integers(m, k) if k > 1 else integers(m, 2)[:, :1].contiguous(),
+        integers(n, k + 1)[:, :k].contiguous(),
+        operands(n, (m,), dtype, *parts),
+    )
+    out = torch.empty(m, n, dtype=dtype)
+    triton_product.linear(x, weight, given, out, BLOCKS)
+    assert_product(out, reference.accumulate_linear(x, weight), given)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(
+    ("shape", "n", "window", "stride"),
+    [
+        ((1, 3, 3, 1), 1, (3, 3), (1, 1)),
+        ((2, 6, 7, 33), 20, (3, 3), (1, 1)),
+        ((1, 9, 9, 16), 17, (3, 3), (2, 2)),
+        ((2, 5, 4, 40), 8, (1, 1), (1, 1)),
+    ],
+)
+def test_conv2d(shape, n, window, stride, parts):
+    x, weight = integers(*shape), integers(n, *window, shape[3])
+    total = reference.accumulate_conv2d(x, weight, stride)
+    given = operands(n, tuple(total.shape[:3]), torch.float16, *parts)
+    out = torch.empty(*total.shape, dtype=torch.float16)
+    triton_product.conv2d(x, weight, stride, given, out, BLOCKS)
+    assert_product(out, total, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_every_kernel_compiles_for_a_card_that_is_not_there(capability, tmp_path):
+    """Down to machine code: the interpreter accepts what the compiler does not."""
+    script = Path(__file__).with_name("compile_triton.py")
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    settings["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, script, capability], env=settings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"sm_{capability}" in done.stdout

@@ -1,0 +1,74 @@
+"""The autotune: fastest kernel, failures left out, table on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cachequant.kernels.cuda.tuning import TuningTable
+
+COST = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A table that measures by looking the last called kernel up."""
+    called: list[str] = []
+
+    def measure(call):
+        call()
+        return COST[called[-1]]
+
+    return TuningTable(tmp_path / "kernels" / "table.json", measure), called
+
+
+def test_the_fastest_is_chosen_kept_and_not_measured_again(made):
+    table, called = made
+    assert table.best("shape", list(COST), called.append) == "fast"
+    assert called == list(COST)
+    assert table.best("shape", list(COST), called.append) == "fast"
+    assert len(called) == 3
+    again = TuningTable(table.path, table.measure)
+    again.read()
+    assert again.best("shape", list(COST), called.append) == "fast"
+    assert len(called) == 3
+
+
+def test_a_choice_that_is_no_longer_offered_is_measured_again(made):
+    table, called = made
+    table.chosen["shape"] = "gone"
+    assert table.best("shape", ["slow", "middle"], called.append) == "middle"
+
+
+def test_kernels_without_memory_or_support_are_left_out_with_the_reason(made):
+    table, called = made
+
+    def call(name: str) -> None:
+        if name == "fast":
+            raise torch.OutOfMemoryError("no memory for the workspace")
+        if name == "middle":
+            raise RuntimeError("CUTLASS status 7")
+        called.append(name)
+
+    assert table.best("shape", list(COST), call) == "slow"
+    assert "no memory" in table.failures["fast shape"]
+    with pytest.raises(RuntimeError, match=r"no kernel runs other.*CUTLASS status 7"):
+        table.best("other", ["fast", "middle"], call)
+
+
+def test_nothing_is_measured_or_filed_during_capture(made):
+    table, called = made
+    assert table.best("shape", ["slow", "fast"], called.append, may_measure=False) == "slow"
+    assert called == [] and not table.path.exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"shape": "fa', "[1]"])
+def test_a_damaged_table_counts_as_none(made, content):
+    table, called = made
+    table.path.parent.mkdir()
+    table.path.write_text(content)
+    table.read()
+    assert table.best("shape", list(COST), called.append) == "fast"
+    assert json.loads(table.path.read_text()) == {"shape": "fast"}
