@@ -66,4 +66,4 @@ def random_pipeline(family: str, seed: int = 0) -> Any:
         return PixelDDIMPipeline(denoiser, pixel_scheduler())
     from cachequant.models.random_text import RandomTextPipeline
 
-    return RandomTextPipeline(denoiser, plms_scheduler(beta_start=0.00085, beta_end=0.012))
+    return RandomTextPipeline.around(denoiser, plms_scheduler(beta_start=0.00085, beta_end=0.012))

@@ -9,18 +9,15 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 
 class RandomTextPipeline(StableDiffusionPipeline):
-    """Stable Diffusion's loop around a denoiser alone: random text embeddings in, latents out. For measuring time.
+    """Stable Diffusion's loop around a denoiser alone: random text embeddings in, latents out. For measuring time."""
 
-    Args:
-        unet: denoiser.
-        scheduler: usually PLMS.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, scheduler: Any) -> None:
+    @classmethod
+    def around(cls, unet: UNet2DConditionModel, scheduler: Any) -> RandomTextPipeline:
+        """The pipeline of a denoiser and a scheduler (usually PLMS), without any other part."""
         parts: dict[str, Any] = dict.fromkeys(
             ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
         )
-        super().__init__(unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts)
+        return cls(unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts)
 
     def __call__(
         self,

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cachequant as cq
 from cachequant.config import RunConfig, load_config, repository_folder
 from cachequant.evaluation.paired import psnr
 from cachequant.kernels.cpu import unavailable
 from cachequant.models.architectures import random_denoiser
+from cachequant.models.loading import Generator
 from cachequant.pipeline.bench import MODES, format_bench, run_bench
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.sample import draw_enabled
 
 Configure = Callable[..., RunConfig]
 needs_int8 = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+def drawn(pipe: Any, config: RunConfig) -> torch.Tensor:
+    """Images of a pipeline as it is: [n, C, H, W]."""
+    first = config.sample.seed
+    return Generator(pipe, config.sampler)(list(range(first, first + config.sample.count)))
 
 
 @needs_int8
@@ -31,11 +38,11 @@ def test_a_whole_run_on_the_miniature_is_the_simulated_one_within_its_own_error(
     path = repository_folder() / "configs" / "fashion.yaml"
     config = load_config(path, [*small, *rows, f"method={method}"])
     plan = cq.calibrate(pipe, config, tmp_path, quiet=True)
-    reference = draw_enabled(pipe, config).images
+    reference = drawn(pipe, config)
     images = {}
     for backend in ("simulated", "cpu-int8"):
         cq.enable(pipe, plan, backend)
-        images[backend] = draw_enabled(pipe, config).images
+        images[backend] = drawn(pipe, config)
         cq.disable(pipe)
     apart = float(psnr(images["cpu-int8"], images["simulated"], 1.0).mean())
     error = float(psnr(images["simulated"], reference, 1.0).mean())

@@ -15,9 +15,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import cachequant as cq
 from cachequant.config import RunConfig, load_config, repository_folder
-from cachequant.models.loading import identify
+from cachequant.models.loading import Generator, identify
 from cachequant.models.skeleton import build_skeleton, remainder_of
-from cachequant.pipeline.sample import draw_enabled
 from cachequant.plan import Plan
 from cachequant.quant.convert import LayerPlan, fresh_state
 from cachequant.schedule import uniform_schedule
@@ -28,6 +27,12 @@ SMALL = [
     "sampler.steps=6", "cache.interval=2", "calibration.samples=2", "calibration.batch_size=2",
     "calibration.refresh_inputs=2", "calibration.cached_inputs=2", "sample.count=2", "sample.batch_size=2",
 ]  # fmt: skip
+
+
+def drawn(pipe: Any, config: RunConfig) -> torch.Tensor:
+    """Images of a pipeline as it is: [n, C, H, W]."""
+    first = config.sample.seed
+    return Generator(pipe, config.sampler)(list(range(first, first + config.sample.count)))
 
 
 def configure(*overrides: str) -> RunConfig:
@@ -54,14 +59,14 @@ def test_a_plan_is_small_and_runs_without_its_model(
     assert (folder / "quant.safetensors").stat().st_size <= alone * full
     assert tensor_bytes(folder) <= whole * full
     cq.enable(miniature, plan)
-    expected = draw_enabled(miniature, config).images
+    expected = drawn(miniature, config)
     cq.disable(miniature)
     pipe = cq.load_quantized(folder)
-    assert torch.equal(draw_enabled(pipe, config).images, expected)
+    assert torch.equal(drawn(pipe, config), expected)
     for change in (cq.disable, lambda p: cq.bypass(p).__enter__()):
         with pytest.raises(cq.UserError, match="loaded from its plan"):
             change(pipe)
-    assert torch.equal(draw_enabled(pipe, config).images, expected)
+    assert torch.equal(drawn(pipe, config), expected)
 
 
 def test_the_simulation_needs_no_model_either(pipe: Any, configure: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -70,9 +75,9 @@ def test_the_simulation_needs_no_model_either(pipe: Any, configure: Callable[...
     plan = cq.calibrate(pipe, config, tmp_path / "run", quiet=True)
     folder = plan.save(tmp_path / "plan")
     cq.enable(pipe, plan, "simulated")
-    expected = draw_enabled(pipe, config).images
+    expected = drawn(pipe, config)
     cq.disable(pipe)
-    assert torch.equal(draw_enabled(cq.load_quantized(folder, "simulated"), config).images, expected)
+    assert torch.equal(drawn(cq.load_quantized(folder, "simulated"), config), expected)
 
 
 def test_a_plan_without_a_denoiser_or_for_another_class_is_refused(
