@@ -91,7 +91,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             add(name, "train_drawings_clip.py", 0.4, *data, "--out", out)
             continue
         first_stage = options.work / name / FIRST_STAGES[name]
-        share = 0.25 if drawings else 0.15
+        share = 0.27 if drawings else 0.2
         if not (first_stage / "training.json").is_file():
             add(f"{name}-autoencoder", "train_autoencoder.py", share, name, *data, "--out", str(first_stage))
         arguments = [*data, "--out", out, "--wait", f"{options.seconds / 60.0:.3f}"]
