@@ -30,12 +30,12 @@ class TimeProjections:
         self._made: dict[int, Tensor] = {}
 
     def of(self, resnet: Any, temb: Tensor) -> Tensor:
-        """The projection [B, C] of the embedding `temb` [B, E] for one resnet."""
+        """The projection [B, C] of the embedding `temb` [B, E] for one resnet; a view, whose rows lie apart."""
         if temb is not self._asked:
             parts = F.linear(F.silu(temb), self.weight.to(temb.dtype), self.bias.to(temb.dtype)).split(
                 self.sizes, dim=1
             )
-            self._made = {id(layer): part.contiguous() for layer, part in zip(self.layers, parts, strict=True)}
+            self._made = {id(layer): part for layer, part in zip(self.layers, parts, strict=True)}
             self._asked = temb
         return self._made[id(resnet.time_emb_proj)]
 

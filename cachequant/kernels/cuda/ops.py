@@ -186,7 +186,7 @@ def group_norm_int8(
 def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(*parts, shift, weight, bias, grids)
+    _contiguous(*parts, None if shift is None else shift[0], weight, bias, grids)
     return triton_norm.group_norm(list(parts), shift, weight, bias, groups, eps, activate, grids, _pad(pad))
 
 

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachequant.kernels.cuda.triton_pointwise import round_to_grid
+from cachequant.kernels.cuda.triton_pointwise import normal_cdf, round_to_grid
 from cachequant.kernels.cuda.triton_product import Blocks, Operands, tile_of
 
 BLOCKS = (
+    Blocks(128, 64, 64, 4, 4),
     Blocks(128, 64, 64, 8, 4),
+    Blocks(64, 64, 64, 4, 5),
     Blocks(128, 64, 128, 8, 3),
     Blocks(128, 128, 64, 8, 3),
     Blocks(64, 64, 128, 4, 4),
@@ -65,10 +67,8 @@ def _activated_kernel(
     z = y
     if gated:
         z = _dense(gates, scale, shift, row_sum, offset, row, column + n, valid, wide, has_shift, has_offset)
-    if tanh:  # ½(1 + tanh u) = sigmoid(2u)
-        half = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    else:
-        half = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    # with tanh: ½(1 + tanh u) = sigmoid(2u)
+    half = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z)) if tanh else normal_cdf(z)
     y = y * half * z if gated else y * half
     at = row.to(tl.int64)[:, None] * n + column[None, :]
     tl.store(out + at, round_to_grid(y, grid), valid[:, None] & wide[None, :])

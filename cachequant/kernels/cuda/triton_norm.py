@@ -48,7 +48,7 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "pieces"])
 def _merge_kernel(
-    means, squares, shift, weight, bias, affine, pixels, pieces, channels, eps, chunk: tl.constexpr,
+    means, squares, shift, shift_stride, weight, bias, affine, pixels, pieces, channels, eps, chunk: tl.constexpr,
     per_group: tl.constexpr, block_c: tl.constexpr, block_p: tl.constexpr, has_shift: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks' moments (Chan et al.) into y = x·affine[0] + affine[1] of every channel of one group."""
@@ -58,7 +58,7 @@ def _merge_kernel(
     real = inner < per_group
     add = tl.zeros([block_c], dtype=tl.float32)
     if has_shift:
-        add = tl.load(shift + batch * channels + channel, real, other=0.0).to(tl.float32)
+        add = tl.load(shift + batch * shift_stride + channel, real, other=0.0).to(tl.float32)
     piece = tl.arange(0, block_p)
     valid = (piece < pieces)[:, None] & real[None, :]
     at = (batch * pieces + piece)[:, None] * channels + channel[None, :]
@@ -111,7 +111,7 @@ def group_norm(
     grids: Tensor,
     pad: Pad,
 ) -> list[Tensor]:
-    """See `cachequant.kernels.cuda.reference.group_norm`; one or two contiguous parts."""
+    """See `cachequant.kernels.cuda.reference.group_norm`; one or two contiguous parts, shift with rows of any stride."""
     b, h, w, _ = parts[0].shape
     left, right, top, bottom = pad
     size = (h + top + bottom, w + left + right)
@@ -148,8 +148,8 @@ def _affine(parts: list[Tensor], shift: Tensor | None, weight: Tensor, bias: Ten
         begin += part.shape[3]
     per_group = channels // groups
     _merge_kernel[(b, groups)](
-        means[0], means[1], weight if shift is None else shift, weight, bias, affine, h * w, pieces, channels, eps,
-        chunk=chunk, per_group=per_group, block_c=triton.next_power_of_2(per_group),
+        means[0], means[1], weight if shift is None else shift, 0 if shift is None else shift.stride(0), weight, bias,
+        affine, h * w, pieces, channels, eps, chunk=chunk, per_group=per_group, block_c=triton.next_power_of_2(per_group),
         block_p=triton.next_power_of_2(pieces), has_shift=shift is not None,
     )  # fmt: skip
     return affine
