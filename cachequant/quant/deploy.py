@@ -13,6 +13,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
+from cachequant.quant.adaptive_conditions import AdaptiveConditions, share_adaptive_conditions
 from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.context import ContextOperands
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
@@ -33,7 +34,7 @@ class Deployment:
         fused: name -> class of the blocks with a fused forward.
         simulation: the simulated layers and attention operands, or None.
         tables: the scales of every step, of a deployment on a GPU.
-        time: joint projections of the time embedding, of a deployment on a GPU.
+        time: joint projections of timestep and class, of a deployment on a GPU.
         context: keys and values of cross-attention, of a deployment on a GPU that has any.
     """
 
@@ -43,7 +44,7 @@ class Deployment:
     fused: dict[str, str] = field(default_factory=dict)
     simulation: QuantizedNetwork | None = None
     tables: StepTables | None = None
-    time: list[TimeProjections] = field(default_factory=list)
+    time: list[TimeProjections | AdaptiveConditions] = field(default_factory=list)
     context: ContextOperands | None = None
 
     @property
@@ -54,8 +55,8 @@ class Deployment:
     def remove(self) -> None:
         """Put every original layer, processor and class back."""
         unfuse(self.network, list(self.fused))
-        for projections in self.time:
-            projections.release()
+        for joint in self.time:
+            joint.release()
         for name, source in self.integer.items():
             replace_module(self.network, name, source)
         if self.simulation is not None:
@@ -136,8 +137,11 @@ def deploy_on_device(
             join(layers[1:])
     tables.freeze()
     chosen = FORWARDS if forwards is None else forwards
-    handle.time = share_time_projections(network, shallow) if "ResnetBlock2D" in chosen else []
-    handle.context = ContextOperands.of(network, context_operands) if "BasicTransformerBlock" in chosen else None
+    if "ResnetBlock2D" in chosen:
+        handle.time += share_time_projections(network, shallow)
+    if "BasicTransformerBlock" in chosen:
+        handle.time += share_adaptive_conditions(network, shallow)
+        handle.context = ContextOperands.of(network, context_operands)
     handle.fused = fuse(network, chosen)
     return handle
 

@@ -261,8 +261,12 @@ def adaptive(module: Any) -> bool:
 def adaptive_block(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> Tensor:
     """x + gate·attention(modulated norm of x), then the same with the feed-forward layer: [B, N, C]."""
     ada, net = block.norm1, block.ff.net
-    embedding = ada.emb(timestep, class_labels, hidden_dtype=x.dtype)
-    parts = ada.linear(ada.silu(embedding)).unflatten(1, (6, -1)).transpose(0, 1).contiguous()  # [6, B, C]
+    joint = net[0].proj.time
+    if joint is not None:
+        parts = joint.of(block, timestep, class_labels, x.dtype)  # [6, B, C]
+    else:
+        embedding = ada.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        parts = ada.linear(ada.silu(embedding)).unflatten(1, (6, -1)).transpose(0, 1).contiguous()
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
     operands = project(
         (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),

@@ -51,7 +51,7 @@ class DeviceLayer(nn.Module):
 
     Attributes:
         constant: whether grids and epilogue are the same at all steps.
-        time: joint projections of the time embedding that a resnet's first convolution carries, or None.
+        time: joint projections of timestep (and class) that the first layer of a resnet or DiT block carries, or None.
         context: holder of the key and value of the attention whose key projection this is, or None.
     """
 
