@@ -19,6 +19,16 @@ from cachequant.quant.step_tables import StepTables
 from cachequant.types import Correction, LayerQuant, QuantState
 
 
+HOST = torch.device("cpu")
+
+
+def move(layer: nn.Module, place: torch.device | None) -> nn.Module:
+    """The same layer with the same parameters elsewhere, bit by bit; None, or without a weight to move: where it is."""
+    if place is None or any(parameter.is_meta for parameter in layer.parameters()):
+        return layer
+    return layer.to(place)
+
+
 @dataclass
 class Deployment:
     """What runs in integers in a network, and what it replaced.
@@ -30,6 +40,7 @@ class Deployment:
         fused: name -> class of the blocks with a fused forward.
         simulation: the simulated layers and attention operands, or None.
         tables: the scales of every step, of a deployment on a GPU.
+        home: where the replaced layers were; on a GPU they wait in the host's memory meanwhile.
     """
 
     network: nn.Module
@@ -38,6 +49,7 @@ class Deployment:
     fused: dict[str, str] = field(default_factory=dict)
     simulation: QuantizedNetwork | None = None
     tables: StepTables | None = None
+    home: torch.device | None = None
 
     @property
     def replaced(self) -> dict[str, nn.Module]:
@@ -48,7 +60,7 @@ class Deployment:
         """Put every original layer, processor and class back."""
         unfuse(self.network, list(self.fused))
         for name, source in self.integer.items():
-            replace_module(self.network, name, source)
+            replace_module(self.network, name, move(source, self.home))
         if self.simulation is not None:
             self.simulation.remove()
 
@@ -94,6 +106,8 @@ def deploy_on_device(
 ) -> Deployment:
     """Deploy every layer that the GPU's operators support; arguments and result as for `deploy`.
 
+    GPU memory holds a layer's integers only: what was replaced waits in the host's memory until `remove()`.
+
     Args:
         network, state, clock, correction: of `deploy`.
         device: where the network is; None asks its parameters.
@@ -105,7 +119,8 @@ def deploy_on_device(
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
     place = device or next(p.device for p in network.parameters() if not p.is_meta)
-    handle.tables = tables = StepTables(clock.schedule.num_steps, place)
+    handle.tables, handle.home = StepTables(clock.schedule.num_steps, place), place
+    tables = handle.tables
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
         reason = unsupported(layer.weights, tuple(table.bits for table in layer.inputs), Geometry.of(source))
@@ -114,7 +129,7 @@ def deploy_on_device(
             continue
         maps = correction.layers.get(name) if correction else None
         replace_module(network, name, DeviceLayer(source, layer, clock, tables, maps))
-        handle.integer[name] = source
+        handle.integer[name] = move(source, HOST)
     if others or state.operands:
         handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
         handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")
