@@ -90,18 +90,22 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench
     )
     bench.add_argument("config", type=Path, help="YAML, such as configs/cifar10.yaml")
-    modes = "fp32,int8,cache,cachequant"
     bench.add_argument(
-        "--modes", default=modes, help=f"of fp32,compile,openvino,int8,cache,cachequant; default {modes}"
-    )
+        "--modes", help="CPU: of fp32,compile,openvino,int8,cache,cachequant, default without the second and third; GPU: of "
+        "fp32,fp32-tf32,fp16,fp16-graph,fp16-compile,fp16-compile-cache,deepcache,cache-dit,torchao,int8,cachequant, "
+        "default all that can run here",
+    )  # fmt: skip
     bench.add_argument("--rounds", type=int, default=3, help="runs of each mode, default 3")
     bench.add_argument("--batch", type=int, help="images at once, default sample.batch_size")
     bench.add_argument(
         "--random-weights", action="store_true", help="the architecture of model.family with random weights"
     )
+    bench.add_argument("--pipeline", action="store_true", help="GPU: time text encoder and decoder too")
     bench.epilog = (
         "Threads are those of OMP_NUM_THREADS. --json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], "
-        "batch, machine, threads, versions, …}; milliseconds per evaluation and batch"
+        "batch, machine, threads, versions, …}; milliseconds per evaluation and batch. GPU rows also hold "
+        "{seconds_per_loop, images_per_second, weight_bytes, weight_share_of_fp32, peak_bytes, …} or {error}; the file is "
+        "written after every mode"
     )
 
 
@@ -228,22 +232,46 @@ def _run(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from cachequant.config import load_config
-    from cachequant.models.loading import load_pipeline
-    from cachequant.pipeline.bench import format_bench, run_bench
+    from cachequant.models.loading import load_pipeline, torch_device
     from cachequant.pipeline.context import Context
 
     config = load_config(args.config, [*args.set, *([f"sample.batch_size={args.batch}"] if args.batch else [])])
+    device = torch_device(config.device if args.device == "auto" else args.device)
+    on_gpu = device.type == "cuda"
     if args.random_weights:
         from cachequant.models.architectures import random_pipeline
 
-        pipe = random_pipeline(config.model.family)
+        pipe = random_pipeline(config.model.family, device=device, whole=args.pipeline)
         config.sampler.prompts = config.calibration.prompts = None
+        config.model.name += " with random weights"
     else:
-        pipe = load_pipeline(config.model, config.device if args.device == "auto" else args.device)
-    result = run_bench(Context.of(pipe, config), tuple(args.modes.split(",")), args.rounds)
-    result["model"] += " with random weights" if args.random_weights else ""
+        pipe = load_pipeline(config.model, str(device))
+    (_bench_gpu if on_gpu else _bench_cpu)(Context.of(pipe, config), args)
+
+
+def _bench_cpu(context: Any, args: argparse.Namespace) -> None:
+    from cachequant.pipeline.bench import format_bench, run_bench
+
+    if args.pipeline:
+        raise UserError("--pipeline without a GPU, expected --device cuda on a machine with one: leave it out")
+    modes = args.modes or "fp32,int8,cache,cachequant"
+    result = run_bench(context, tuple(modes.split(",")), args.rounds)
     print(format_bench(result))
     _report_json(args, result)
+
+
+def _bench_gpu(context: Any, args: argparse.Namespace) -> None:
+    import shlex
+
+    from cachequant.pipeline.bench_cuda import format_ratios, run_bench_cuda
+    from cachequant.pipeline.bench_modes import MODES
+
+    command = {"command": shlex.join(["cachequant", *sys.argv[1:]])}
+    modes = tuple(args.modes.split(",")) if args.modes else tuple(MODES)
+    result = run_bench_cuda(
+        context, modes, args.rounds, args.pipeline, lambda found: _report_json(args, command | found)
+    )
+    print(format_ratios(result))
 
 
 def _calibrate(args: argparse.Namespace) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,36 +23,25 @@ CLIP_TEXT: dict[str, Any] = {
 """The text encoder of Stable Diffusion v1: CLIP ViT-L/14's (Radford et al., 2021, table 19)."""
 
 
-def random_denoiser(
-    family: str, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Any:
-    """The denoiser of a family with random weights, channels last, in evaluation mode.
+def random_denoiser(family: str, seed: int = 0, device: str | torch.device = "cpu") -> Any:
+    """The denoiser of a family with random weights, float32, channels last, in evaluation mode.
 
     Args:
         family: of `FAMILIES`.
         seed: of the weights.
-        device, dtype: where and in what precision they are drawn; a GPU draws the largest in seconds.
+        device: where they are drawn; a GPU draws the largest in seconds.
 
     Raises:
         UserError: unknown family.
     """
-    build = _denoiser(family)
-    with _drawing(seed, device, dtype):
-        made = build().eval()
-    return made.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _drawn(_denoiser(family), seed, device).to(memory_format=torch.channels_last)
 
 
-def random_pipeline(
-    family: str,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    whole: bool = False,
-) -> Any:
+def random_pipeline(family: str, seed: int = 0, device: str | torch.device = "cpu", whole: bool = False) -> Any:
     """The pipeline of a family around `random_denoiser`, with the family's sampler.
 
     Args:
-        family, seed, device, dtype: of `random_denoiser`.
+        family, seed, device: of `random_denoiser`.
         whole: Stable Diffusion's text encoder and first stage too, without which random embeddings stand for text and
             latents are not decoded; the other families have all their parts anyway.
 
@@ -62,12 +50,7 @@ def random_pipeline(
     """
     from cachequant.models.families import pixel_scheduler, plms_scheduler, transformer_scheduler
 
-    denoiser = random_denoiser(family, seed, device, dtype)
-
-    def part(build: Callable[[], nn.Module]) -> Any:
-        with _drawing(seed, device, dtype):
-            return build().eval().to(device, dtype)
-
+    denoiser = random_denoiser(family, seed, device)
     if family == "ddpm-cifar10":
         from cachequant.models.pipelines import PixelDDIMPipeline
 
@@ -75,17 +58,16 @@ def random_pipeline(
     if family == "dit-xl2":
         from diffusers import DiTPipeline
 
-        return DiTPipeline(denoiser, part(_first_stage("sd-v1", "vae")), transformer_scheduler())
+        return DiTPipeline(denoiser, _drawn(_first_stage(), seed, device), transformer_scheduler())
     if family == "sd-v1":
         from cachequant.models.original.text import text_encoder
         from cachequant.models.random_text import RandomTextPipeline
 
-        others = {"vae": _first_stage(family, "vae"), "text_encoder": text_encoder(CLIP_TEXT).build} if whole else {}
-        betas = {"beta_start": 0.00085, "beta_end": 0.012}
-        parts = {name: part(build) for name, build in others.items()}
-        return RandomTextPipeline.around(denoiser, plms_scheduler(**betas), **parts)
+        builds = {"vae": _first_stage(), "text_encoder": text_encoder(CLIP_TEXT).build} if whole else {}
+        parts = {name: _drawn(build, seed, device) for name, build in builds.items()}
+        return RandomTextPipeline.around(denoiser, plms_scheduler(beta_start=0.00085, beta_end=0.012), **parts)
     recipe = _latent(family)
-    return recipe.assemble(unet=denoiser, **{n.component: part(n.build) for n in recipe.networks[1:]})
+    return recipe.assemble(unet=denoiser, **{n.component: _drawn(n.build, seed, device) for n in recipe.networks[1:]})
 
 
 def _denoiser(family: str) -> Callable[[], nn.Module]:
@@ -117,22 +99,18 @@ def _latent(family: str) -> Any:
     return latent_recipe(original_settings(family, None), {}, family)
 
 
-def _first_stage(family: str, component: str) -> Callable[[], nn.Module]:
+def _first_stage() -> Callable[[], nn.Module]:
+    """The autoencoder of Stable Diffusion v1, which DiT decodes with too."""
     from cachequant.models.original.first_stage import first_stage
     from cachequant.models.original.settings import need, original_settings
 
-    params = need(original_settings(family, None), "model.params")
-    return first_stage(need(params, "first_stage_config"), component, float(params["scale_factor"])).build
+    params = need(original_settings("sd-v1", None), "model.params")
+    return first_stage(need(params, "first_stage_config"), "vae", need(params, "scale_factor")).build
 
 
-@contextmanager
-def _drawing(seed: int, device: str | torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, new parameters are drawn from a seed, where and in what precision they are to be."""
-    before, place = torch.get_default_dtype(), torch.device(device)
+def _drawn(build: Callable[[], nn.Module], seed: int, device: str | torch.device) -> Any:
+    """A network in evaluation mode whose weights are drawn from a seed where they are to be; other random numbers stay."""
+    place = torch.device(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(seed)
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        return build().eval().to(place)  # buffers that are made from numpy arrays too

@@ -64,7 +64,13 @@ class _DeepCache:
         return self.step.full(x, timestep, cond, **kwargs)
 
     def cached(
-        self, x: Tensor, timestep: Any, cond: Any, cached_feature: Tensor, correction: AffineMap | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        timestep: Any,
+        cond: Any,
+        cached_feature: Tensor,
+        correction: AffineMap | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """What the helper does not skip."""
         self.helper.cur_timestep = 1
@@ -82,7 +88,11 @@ def cache_dit(context: Context, interval: int, compile: Compile) -> Iterator[tup
 
     adapter: Any = context.adapter
     twin: Any = shallow_copy(adapter.denoiser)
-    schedule, blocks, (first, last) = uniform_schedule(context.num_steps, interval), twin.transformer_blocks, adapter.span
+    schedule, blocks, (first, last) = (
+        uniform_schedule(context.num_steps, interval),
+        twin.transformer_blocks,
+        adapter.span,
+    )
     config = peer.DBCacheConfig(
         Fn_compute_blocks=first,
         Bn_compute_blocks=len(blocks) - 1 - last,

@@ -71,5 +71,7 @@ class CompiledAdapter:
         **kwargs: Any,
     ) -> Tensor:
         """`Adapter.cached`, compiled; the correction is applied before."""
-        feature = cached_feature if correction is None else correction.apply(cached_feature, channel_dim=self.channel_dim)
+        feature = (
+            cached_feature if correction is None else correction.apply(cached_feature, channel_dim=self.channel_dim)
+        )
         return self._cached(x, timestep, cond, feature, None, **kwargs)

@@ -18,7 +18,6 @@ from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import Correction, LayerQuant, QuantState
 
-
 HOST = torch.device("cpu")
 
 
