@@ -237,7 +237,6 @@ def _bench(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, [*args.set, *([f"sample.batch_size={args.batch}"] if args.batch else [])])
     device = torch_device(config.device if args.device == "auto" else args.device)
-    on_gpu = device.type == "cuda"
     if args.random_weights:
         from cachequant.models.architectures import random_pipeline
 
@@ -246,32 +245,23 @@ def _bench(args: argparse.Namespace) -> None:
         config.model.name += " with random weights"
     else:
         pipe = load_pipeline(config.model, str(device))
-    (_bench_gpu if on_gpu else _bench_cpu)(Context.of(pipe, config), args)
+    context, modes = Context.of(pipe, config), tuple(args.modes.split(",")) if args.modes else None
+    if device.type == "cuda":
+        from cachequant.pipeline.bench_cuda import format_ratios, run_bench_cuda
 
-
-def _bench_cpu(context: Any, args: argparse.Namespace) -> None:
-    from cachequant.pipeline.bench import format_bench, run_bench
-
+        command = {"command": " ".join(["cachequant", *sys.argv[1:]])}
+        result = run_bench_cuda(
+            context, modes, args.rounds, args.pipeline, lambda found: _report_json(args, command | found)
+        )
+        print(format_ratios(result))
+        return
     if args.pipeline:
         raise UserError("--pipeline without a GPU, expected --device cuda on a machine with one: leave it out")
-    modes = args.modes or "fp32,int8,cache,cachequant"
-    result = run_bench(context, tuple(modes.split(",")), args.rounds)
+    from cachequant.pipeline.bench import format_bench, run_bench
+
+    result = run_bench(context, modes or ("fp32", "int8", "cache", "cachequant"), args.rounds)
     print(format_bench(result))
     _report_json(args, result)
-
-
-def _bench_gpu(context: Any, args: argparse.Namespace) -> None:
-    import shlex
-
-    from cachequant.pipeline.bench_cuda import format_ratios, run_bench_cuda
-    from cachequant.pipeline.bench_modes import MODES
-
-    command = {"command": shlex.join(["cachequant", *sys.argv[1:]])}
-    modes = tuple(args.modes.split(",")) if args.modes else tuple(MODES)
-    result = run_bench_cuda(
-        context, modes, args.rounds, args.pipeline, lambda found: _report_json(args, command | found)
-    )
-    print(format_ratios(result))
 
 
 def _calibrate(args: argparse.Namespace) -> None:

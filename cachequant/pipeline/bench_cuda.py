@@ -87,7 +87,7 @@ class Loops:
 @torch.no_grad()
 def run_bench_cuda(
     context: Context,
-    modes: tuple[str, ...],
+    modes: tuple[str, ...] | None = None,
     rounds: int = 3,
     whole: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -103,7 +103,7 @@ def run_bench_cuda(
 
     Args:
         context: pipeline and configuration; the pipeline's precision is changed in place, and float32 in the end.
-        modes: of MODES.
+        modes: of MODES; None is all of them.
         rounds: timed loops of each mode.
         whole: time the pipeline's whole call too: text encoder, loop and decoder.
         report: called with the result so far after each mode.
@@ -112,6 +112,7 @@ def run_bench_cuda(
     Raises:
         UserError: unknown mode, or a pipeline without a decoder with `whole`.
     """
+    modes = tuple(MODES) if modes is None else modes
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:
         raise UserError(f"modes has {unknown or 'nothing'}, expected some of {','.join(MODES)}: correct --modes")
@@ -121,17 +122,20 @@ def run_bench_cuda(
     timer = Timer(context, clock or CudaClock(), rounds, whole)
     result: dict[str, Any] = {"rows": [], **_facts(timer)}
     reference: Tensor | None = None
-    with _host_timesteps(context):
-        for name in modes:
-            row, output = _row(name, setup, timer)
-            reference = output if reference is None else reference
-            if row is None:
-                continue
-            if output is not None and reference is not None:
-                row["distance_of_first_output"] = float((output - reference).norm() / reference.norm())
-            result["rows"].append(row)
-            report(result)
-    _precision(context, torch.float32, channels_last=False)
+    try:
+        with _host_timesteps(context):
+            for name in modes:
+                row, output = _row(name, setup, timer)
+                reference = output if reference is None else reference
+                if row is None:
+                    continue
+                if output is not None and reference is not None:
+                    row["distance_of_first_output"] = float((output - reference).norm() / reference.norm())
+                result["rows"].append(row)
+                report(result)
+    finally:
+        setup.release()
+        _precision(context, torch.float32, channels_last=False)
     return result
 
 
