@@ -90,22 +90,18 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench
     )
     bench.add_argument("config", type=Path, help="YAML, such as configs/cifar10.yaml")
-    bench.add_argument(
-        "--modes", help="CPU: of fp32,compile,openvino,int8,cache,cachequant, default without the second and third; GPU: of "
-        "fp32,fp32-tf32,fp16,fp16-graph,fp16-compile,fp16-compile-cache,deepcache,cache-dit,torchao,int8,cachequant, "
-        "default all that can run here",
-    )  # fmt: skip
-    bench.add_argument("--rounds", type=int, default=3, help="runs of each mode, default 3")
+    bench.add_argument("--modes", metavar="A,B", help=(
+        "CPU: fp32,int8,cache,cachequant (the default),compile,openvino; GPU: fp32,fp32-tf32,fp16,fp16-graph,fp16-compile,"
+        "fp16-compile-cache,deepcache,cache-dit,torchao,int8,cachequant (default: all)"))  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=3, help="timed runs of each mode, default 3")
     bench.add_argument("--batch", type=int, help="images at once, default sample.batch_size")
     bench.add_argument(
-        "--random-weights", action="store_true", help="the architecture of model.family with random weights"
+        "--random-weights", action="store_true", help="random weights in the architecture of model.family"
     )
     bench.add_argument("--pipeline", action="store_true", help="GPU: time text encoder and decoder too")
     bench.epilog = (
-        "Threads are those of OMP_NUM_THREADS. --json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], "
-        "batch, machine, threads, versions, …}; milliseconds per evaluation and batch. GPU rows also hold "
-        "{seconds_per_loop, images_per_second, weight_bytes, weight_share_of_fp32, peak_bytes, …} or {error}; the file is "
-        "written after every mode"
+        "--json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], batch, …}, milliseconds per evaluation; on a "
+        "GPU also {images_per_second, weight_bytes, peak_bytes, …} or {error}, written after every mode"
     )
 
 
@@ -250,11 +246,8 @@ def _bench(args: argparse.Namespace) -> None:
         from cachequant.pipeline.bench_cuda import format_ratios, run_bench_cuda
 
         command = {"command": " ".join(["cachequant", *sys.argv[1:]])}
-        result = run_bench_cuda(
-            context, modes, args.rounds, args.pipeline, lambda found: _report_json(args, command | found)
-        )
-        print(format_ratios(result))
-        return
+        result = run_bench_cuda(context, modes, args.rounds, args.pipeline, lambda r: _report_json(args, command | r))
+        return print(format_ratios(result))
     if args.pipeline:
         raise UserError("--pipeline without a GPU, expected --device cuda on a machine with one: leave it out")
     from cachequant.pipeline.bench import format_bench, run_bench
