@@ -16,12 +16,12 @@ from cachequant.models.adapter import device_of
 from cachequant.pipeline import bench_peers as peers
 from cachequant.pipeline.compiled import Compile, CompiledAdapter, Whole, inductor
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay
+from cachequant.pipeline.graphed_step import graphed_step
+from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import StepFunction
 from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
-from cachequant.quant.deploy import Deployment, attach
-from cachequant.quant.step_tables import StepTables
+from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction, Schedule
 
@@ -75,19 +75,12 @@ class Setup:
             self._compiled[1].close()
         self._compiled = None
 
-    def running(
-        self, adapter: Any, schedule: Schedule, correction: Correction, graphs: StepTables | bool, *holds: Any
-    ) -> Running:
-        """The accelerated step of an adapter: as graphs, with the tables of deployed layers where there are any, or not."""
-        cache = self.cache(schedule, correction)
-        if graphs is not False:
-            tables = None if graphs is True else graphs
-            adapter = GraphedAdapter(adapter, cache, tables, self.record())
-        return Running(accelerated_step(adapter, cache, correction), cache, (self.context.adapter.denoiser, *holds))
-
-    def cache(self, schedule: Schedule, correction: Correction) -> FeatureCache:
-        """A counter that remembers as many features as the corrections read."""
-        return FeatureCache(schedule, 2 if correction.uses_forecast else 1, self.context.adapter.channel_dim)
+    def running(self, adapter: Any, schedule: Schedule, graphs: bool) -> Running:
+        """The accelerated step of an adapter without corrections, as graphs or operator by operator."""
+        cache = FeatureCache(schedule, channel_dim=self.context.adapter.channel_dim)
+        if graphs:
+            adapter = GraphedAdapter(adapter, cache, None, self.record())
+        return Running(accelerated_step(adapter, cache, Correction()), cache, (self.context.adapter.denoiser,))
 
     @property
     def every(self) -> Schedule:
@@ -136,29 +129,29 @@ class Mode:
 
 @contextmanager
 def _eager(setup: Setup) -> Iterator[Running]:
-    yield setup.running(Whole(setup.context.adapter.denoiser), setup.every, Correction(), False)
+    yield setup.running(Whole(setup.context.adapter.denoiser), setup.every, graphs=False)
 
 
 @contextmanager
 def _graph(setup: Setup) -> Iterator[Running]:
-    yield setup.running(Whole(setup.context.adapter.denoiser), setup.every, Correction(), True)
+    yield setup.running(Whole(setup.context.adapter.denoiser), setup.every, graphs=True)
 
 
 @contextmanager
 def _compile(setup: Setup) -> Iterator[Running]:
-    yield setup.running(setup.compiled(), setup.every, Correction(), True)
+    yield setup.running(setup.compiled(), setup.every, graphs=True)
 
 
 @contextmanager
 def _compile_cache(setup: Setup) -> Iterator[Running]:
-    yield setup.running(setup.compiled(), setup.some, Correction(), True)
+    yield setup.running(setup.compiled(), setup.some, graphs=True)
 
 
 @contextmanager
 def _deepcache(setup: Setup) -> Iterator[Running]:
     cache = setup.context.config.cache
     with peers.deepcache(setup.context.adapter, cache.interval, cache.branch, setup.compile) as adapter:
-        yield setup.running(adapter, setup.some, Correction(), True)
+        yield setup.running(adapter, setup.some, graphs=True)
 
 
 @contextmanager
@@ -170,7 +163,7 @@ def _cache_dit(setup: Setup) -> Iterator[Running]:
 @contextmanager
 def _torchao(setup: Setup) -> Iterator[Running]:
     with peers.torchao(setup.context) as network:
-        running = setup.running(Whole(network, setup.compile), setup.every, Correction(), True)
+        running = setup.running(Whole(network, setup.compile), setup.every, graphs=True)
         yield replace(running, holds=(network,))
 
 
@@ -187,14 +180,16 @@ def _cachequant(setup: Setup) -> Iterator[Running]:
 def _integer_steps(setup: Setup, plan: Plan) -> Iterator[Running]:
     """A plan at work as `enable` puts it to work."""
     adapter = setup.context.adapter
-    cache = setup.cache(plan.schedule, plan.correction)
+    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, adapter.channel_dim)
     assert plan.quant is not None
     handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, setup.backend(setup.context))
     adapter.rebuild()
     try:
-        tables = handle.tables if isinstance(handle, Deployment) and handle.simulation is None else None
-        stepped = adapter if tables is None else GraphedAdapter(adapter, cache, tables, setup.record())
-        step = accelerated_step(stepped, cache, plan.correction)
+        tables = capturable(handle)
+        if tables is None:
+            step = accelerated_step(adapter, cache, plan.correction)
+        else:
+            step = graphed_step(adapter, cache, plan.correction, tables, setup.record())
         yield Running(step, cache, (adapter.denoiser, handle))
     finally:
         handle.remove()
