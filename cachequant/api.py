@@ -18,10 +18,9 @@ from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
 from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphs import with_graphs
+from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
-from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import ModelIdentity, Plan
 from cachequant.quant.convert import QuantizedNetwork
 from cachequant.quant.deploy import Deployment, attach
@@ -78,7 +77,7 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
     cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
     network = _install(structure, plan, cache, chosen)
-    step = accelerated_step(with_graphs(structure, cache, network), cache, plan.correction)
+    step = deployed_step(structure, cache, plan.correction, network)
 
     def check(call: Call) -> None:
         _check_guidance(pipe, plan, structure, call)

@@ -12,9 +12,8 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import Backend, choose_backend
 from cachequant.models.adapter import device_of
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphs import with_graphs
+from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
 from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
@@ -61,7 +60,7 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
         shallow = adapter.shallow_names()
         handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context), shallow)
     adapter.rebuild()
-    inner = accelerated_step(with_graphs(adapter, cache, handle), cache, correction)
+    inner = deployed_step(adapter, cache, correction, handle)
     path: list[Tensor] = []
 
     def step(call: Call) -> Tensor:

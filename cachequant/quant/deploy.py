@@ -22,6 +22,15 @@ from cachequant.quant.step_tables import StepTables
 from cachequant.quant.time_projections import TimeProjections, share_time_projections
 from cachequant.types import Correction, LayerQuant, QuantState
 
+HOST = torch.device("cpu")
+
+
+def move(layer: nn.Module, place: torch.device | None) -> nn.Module:
+    """The same layer with the same parameters elsewhere, bit by bit; None, or without a weight to move: where it is."""
+    if place is None or any(parameter.is_meta for parameter in layer.parameters()):
+        return layer
+    return layer.to(place)
+
 
 @dataclass
 class Deployment:
@@ -36,6 +45,7 @@ class Deployment:
         tables: the scales of every step, of a deployment on a GPU.
         time: joint projections of timestep and class, of a deployment on a GPU.
         context: keys and values of cross-attention, of a deployment on a GPU that has any.
+        home: where the replaced layers were; on a GPU they wait in the host's memory meanwhile.
     """
 
     network: nn.Module
@@ -46,6 +56,7 @@ class Deployment:
     tables: StepTables | None = None
     time: list[TimeProjections | AdaptiveConditions] = field(default_factory=list)
     context: ContextOperands | None = None
+    home: torch.device | None = None
 
     @property
     def replaced(self) -> dict[str, nn.Module]:
@@ -58,7 +69,7 @@ class Deployment:
         for joint in self.time:
             joint.release()
         for name, source in self.integer.items():
-            replace_module(self.network, name, source)
+            replace_module(self.network, name, move(source, self.home))
         if self.simulation is not None:
             self.simulation.remove()
 
@@ -105,6 +116,8 @@ def deploy_on_device(
 ) -> Deployment:
     """Deploy every layer that the GPU's operators support; arguments and result as for `deploy`.
 
+    GPU memory holds a layer's integers only: what was replaced waits in the host's memory until `remove()`.
+
     Args:
         network, state, clock, correction: of `deploy`.
         device: where the network is; None asks its parameters.
@@ -117,7 +130,8 @@ def deploy_on_device(
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
     place = device or next(p.device for p in network.parameters() if not p.is_meta)
-    handle.tables = tables = StepTables(clock.schedule.num_steps, place)
+    handle.tables, handle.home = StepTables(clock.schedule.num_steps, place), place
+    tables = handle.tables
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
         reason = unsupported(layer.weights, tuple(table.bits for table in layer.inputs), Geometry.of(source))
@@ -126,7 +140,7 @@ def deploy_on_device(
             continue
         maps = correction.layers.get(name) if correction else None
         replace_module(network, name, DeviceLayer(source, layer, clock, tables, maps))
-        handle.integer[name] = source
+        handle.integer[name] = move(source, HOST)
     if others or state.operands:
         handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
         handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")

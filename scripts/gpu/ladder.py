@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import Adapter, adapter
 from cachequant.models.architectures import random_denoiser
+from cachequant.pipeline.compiled import CompiledAdapter
 from cachequant.pipeline.graphs import CudaRecorder, GraphedAdapter
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.deploy import deploy_on_device
@@ -148,13 +149,11 @@ def deployed(bench: Bench, state: QuantState, kinds: tuple[str, ...]) -> Iterato
 
 
 def compiled(bench: Bench) -> tuple[float, float]:
-    """torch.compile of the network's forward under a captured graph."""
-    inner = bench.structure._forward  # type: ignore[attr-defined]
-    bench.structure._forward = torch.compile(inner, dynamic=False)  # type: ignore[attr-defined]
-    try:
-        return bench.times(bench.graphed())
-    finally:
-        bench.structure._forward = inner  # type: ignore[attr-defined]
+    """torch.compile of both steps under captured graphs."""
+    bench.structure.rebuild()
+    with ExitStack() as stack:
+        adapter = CompiledAdapter(bench.structure, stack)
+        return bench.times(GraphedAdapter(adapter, bench.clock, None, CudaRecorder()))
 
 
 def fidelity(bench: Bench, state: QuantState) -> dict[str, float]:
