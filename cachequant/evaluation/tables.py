@@ -29,7 +29,17 @@ TITLES = {
 }  # fmt: skip
 """What is shown of each quantity, in this order. `seconds` (an image), `bytes` (of the denoiser) and `bops` (tera bit
 operations an evaluation) only enter into others."""
-DIGITS = {"sfid": 2, "fid": 2, "is": 2, "clip": 2, "clip_change": 2, "psnr": 2, "speedup": 2, "size": 2, "bops_saved": 1}
+DIGITS = {
+    "sfid": 2,
+    "fid": 2,
+    "is": 2,
+    "clip": 2,
+    "clip_change": 2,
+    "psnr": 2,
+    "speedup": 2,
+    "size": 2,
+    "bops_saved": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -146,9 +156,8 @@ def _contents(path: Path) -> dict[str, Any]:
 def _part(entry: dict[str, Any], path: Path) -> Part:
     part: Part = _made(Part, {**entry, "rows": [_row(row, path) for row in entry.get("rows", ())]}, path)
     names = [row.name for row in part.rows]
-    wrong = [name for name in names if names.count(name) > 1] or [
-        name for name in (FULL, part.naive) if name not in (None, *names)
-    ]
+    needed = [FULL] if part.naive is None else [FULL, part.naive]
+    wrong = [name for name in [*names, *needed] if names.count(name) != 1]
     if wrong:
         raise UserError(f"{path}, {part.name}: row {wrong[0]!r} occurs {names.count(wrong[0])} times, expected once")
     return part

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def reproduce(table: str, options: Options) -> list[Comparison]:
 def _write(table: str, options: Options, comparisons: list[Comparison], commands: list[str]) -> None:
     texts = {"table.txt": "\n\n".join(c.text() for c in comparisons) + "\n", "table.csv": to_csv(comparisons)}
     for name, text in texts.items():
-        write_atomically(options.out / name, lambda path, text=text: _save(path, text))
+        write_atomically(options.out / name, partial(_save, text))
     record: dict[str, Any] = {"table": table, "miniature": options.miniature, "cachequant": __version__}
     record |= {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads()}
     record["commands"] = commands
@@ -141,7 +142,7 @@ def _write(table: str, options: Options, comparisons: list[Comparison], commands
     save_figure(table_figure(comparisons), options.out / "quality.png")
 
 
-def _save(path: Path, text: str) -> None:
+def _save(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
@@ -286,9 +287,9 @@ class Costs:
     num_steps: int
 
     def of(self, plan: Plan | None) -> dict[str, float]:
-        """`bytes` of the denoiser; `bops`, 10¹² multiply-accumulates × weight bits × activation bits, of an average evaluation.
+        """`bytes` of the denoiser; `bops` of an average evaluation, in units of 10¹².
 
-        The paper's definition (section 4.1): layers that keep other bits are not told apart.
+        Multiply-accumulates × weight bits × activation bits (section 4.1); layers that keep other bits are not told apart.
         """
         macs = run_macs(self.full, self.cached, plan, self.num_steps) / self.num_steps
         bits = FLOAT_BITS**2
