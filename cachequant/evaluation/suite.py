@@ -12,7 +12,7 @@ from cachequant.errors import UserError
 from cachequant.evaluation.frechet import frechet_distance
 from cachequant.evaluation.images import ImageSet, open_images
 from cachequant.evaluation.inception import Inception
-from cachequant.evaluation.judges import NETWORKS, DrawingFeatures
+from cachequant.evaluation.judges import NETWORKS, DrawingFeatures, FeatureNetwork
 from cachequant.evaluation.manifold import precision_recall
 from cachequant.evaluation.measures import (
     ClipMeasure,
@@ -172,17 +172,25 @@ def _judge_parts(name: str, asked: set[str], images: ImageSet, reference: Refere
         return []
     network, parts = NETWORKS[name](), []
     if frechet in asked:
-        source = _images_of(reference, frechet)
-        mine, theirs = FrechetMeasure(network), FrechetMeasure(network)
-
-        def results(_: Device) -> dict[str, float]:
-            return {frechet: frechet_distance(*mine.statistics.gaussian, *theirs.statistics.gaussian)}
-
-        parts.append(Part(((images, mine), (source, theirs)), results))
+        parts.append(_frechet_part(frechet, network, images, reference))
     if distance in asked:
         measure = DistanceMeasure(distance, network, _pairs_of(images, reference, distance))
         parts.append(Part(((images, measure),), lambda _: measure.means()))
     return parts
+
+
+def _frechet_part(name: str, network: FeatureNetwork, images: ImageSet, reference: Reference) -> Part:
+    """The distance; the reference's images are seen only where it does not bring their statistics along."""
+    mine, theirs = FrechetMeasure(network), FrechetMeasure(network)
+    passes: list[tuple[ImageSet, Measure]] = [(images, mine)]
+    if name not in reference.gaussians:
+        passes.append((_images_of(reference, name), theirs))
+
+    def results(_: Device) -> dict[str, float]:
+        other = reference.gaussians.get(name) or theirs.statistics.gaussian
+        return {name: frechet_distance(*mine.statistics.gaussian, *other)}
+
+    return Part(tuple(passes), results)
 
 
 def _retrieval_part(images: ImageSet, prompts: tuple[str, ...]) -> Part:
