@@ -155,7 +155,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     head = " | ".join(f"N = {n}: {' | '.join(columns)}" for n in intervals)
     lines = [f"| W8A8 | {head} |", "| --- |" + " --- |" * len(columns) * len(intervals)]
     found = [r["retrieval"] for r in results if r["row"] == FULL and retrieval]
-    own = f"{_mean(full.values()):.2f} | – | –" + (f" | {_mean(found):.1%}" if retrieval else "")
+    own = f"{_distance(_mean(full.values()))} | – | –" + (f" | {_mean(found):.1%}" if retrieval else "")
     lines.append(f"| full | {' | '.join(own for _ in intervals)} |")
     for row in dict.fromkeys(r["row"] for r in results if r["interval"] > 1):
         lines.append(f"| {row} | {' | '.join(_cells(results, full, row, n, retrieval) for n in intervals)} |")
@@ -171,8 +171,14 @@ def _cells(results: list[dict[str, Any]], full: dict[int, float], row: str, inte
     mine = [measured[row, seed] for seed in seeds]
     damage = sum(measured["naive", seed]["distance"] - full[seed] for seed in seeds)
     removed = 1 - sum(r["distance"] - full[r["seed"]] for r in mine) / damage
-    text = f"{_mean(r['distance'] for r in mine):.2f} ({len(seeds)}) | {_mean(r['psnr'] for r in mine):.1f} | {removed:.0%}"
+    distance = _distance(_mean(r["distance"] for r in mine))
+    text = f"{distance} ({len(seeds)}) | {_mean(r['psnr'] for r in mine):.1f} | {removed:.0%}"
     return text + (f" | {_mean(r['retrieval'] for r in mine):.1%}" if retrieval else "")
+
+
+def _distance(value: float) -> str:
+    """Embeddings on the unit sphere have small distances."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -219,18 +219,20 @@ class Comparison:
         part: the table.
         ours, paper: row -> quantity -> value, derived ones included.
         quality: our quantity that stands for quality (a miniature has another one than the paper).
+        subject: what ours were measured on, in words.
     """
 
     part: Part
     ours: Mapping[str, Figures]
     paper: Mapping[str, Figures]
     quality: str
+    subject: str
 
     @staticmethod
-    def of(part: Part, ours: Mapping[str, Figures], quality: str) -> Comparison:
+    def of(part: Part, ours: Mapping[str, Figures], quality: str, subject: str) -> Comparison:
         """From what was measured: row -> quantity -> value."""
         paper = derived({row.name: row.paper for row in part.rows}, part.quality, part.naive)
-        return Comparison(part, derived(ours, quality, part.naive), paper, quality)
+        return Comparison(part, derived(ours, quality, part.naive), paper, quality, subject)
 
     def quantities(self) -> list[str]:
         """Those that any row has, in order."""
@@ -252,7 +254,8 @@ class Comparison:
             cells = [_cell(self.values(row.name, name)[i], name, signed=i == 2) for name, i in columns]
             marks = ["~" if i == 1 and name in row.approximate else "" for name, i in columns]
             body.append([row.name, *map(str.__add__, marks, cells), row.source])
-        return f"{self.part.title}\n" + aligned([["", *titles, ""], ["row", *sides, "source"]], body)
+        heading = f"{self.part.name}: {self.part.title}\nours: {self.subject}\n"
+        return heading + aligned([["", *titles, ""], ["row", *sides, "source"]], body)
 
     def _column(self, quantity: str, side: int) -> bool:
         return any(self.values(row.name, quantity)[side] is not None for row in self.part.rows)

@@ -86,6 +86,16 @@ class Recipe:
     resize: int | None
     overrides: tuple[str, ...]
 
+    @property
+    def subject(self) -> str:
+        """What is measured, in words."""
+        config = load_config(self.config, list(self.overrides))
+        sample = config.sample
+        return (
+            f"configs/{self.config.name}, {config.sampler.steps} steps, {sample.count} images in batches of "
+            f"{sample.batch_size}"
+        )
+
     @staticmethod
     def of(part: Part, options: Options) -> Recipe:
         """Raises UserError where a reference is needed and not given, or a miniature is not there."""
@@ -124,7 +134,7 @@ def reproduce(table: str, options: Options) -> list[Comparison]:
         comparisons, commands = [], []
         for part, recipe in zip(parts, recipes, strict=True):
             bench = Workbench(part, recipe, options)
-            comparisons.append(Comparison.of(part, bench.measure(), recipe.metrics[0]))
+            comparisons.append(Comparison.of(part, bench.measure(), recipe.metrics[0], recipe.subject))
             commands += bench.commands
             _write(table, options, comparisons, commands)
     return comparisons
@@ -271,7 +281,7 @@ class Workbench:
 
     @property
     def _folder(self) -> Path:
-        return self.options.out / self.part.name
+        return self.options.out / self.recipe.config.stem  # parts on one model share their stages
 
     def _say(self, text: str) -> None:
         print(f"— {self.part.name}: {text}", file=sys.stderr, flush=True)

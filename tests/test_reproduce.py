@@ -1,0 +1,160 @@
+"""scripts/reproduce.py on miniatures with small counts: what it prints, keeps, resumes and refuses."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from cachequant.config import repository_folder
+from cachequant.evaluation import retrieval
+from cachequant.pipeline import reproduce as driver
+
+SMALL = [
+    "--miniature", "--count", "4", "--device", "cpu", "--set", "sampler.steps=6", "--set", "calibration.samples=2",
+    "--set", "calibration.batch_size=2", "--set", "sample.batch_size=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = repository_folder() / "scripts" / "reproduce.py"
+    spec = importlib.util.spec_from_file_location("reproduce_script", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What was run, as it is run."""
+    seen: list[list[str]] = []
+    real = driver.command_line
+
+    def watched(argv: list[str]) -> int:
+        seen.append(argv)
+        return real(argv)
+
+    monkeypatch.setattr(driver, "command_line", watched)
+    return seen
+
+
+def table(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    rows = csv.DictReader((path / "table.csv").read_text(encoding="utf-8").splitlines())
+    return {(row["row"], row["quantity"]): row for row in rows}
+
+
+@pytest.mark.slow
+def test_a_table_on_the_embedded_miniature_and_again(
+    script: ModuleType, commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "as released N=10 W8A8,naive N=10 W8A8"
+    argv = ["--table", "cifar", *SMALL, "--set", "cache.interval=3", "--rows", rows, "--out", str(tmp_path)]
+    assert script.main(argv) == 0
+    printed = capsys.readouterr().out
+    found = table(tmp_path)
+    assert found["as released N=10 W8A8", "fid"]["paper"] == "4.61"
+    assert float(found["naive N=10 W8A8", "psnr"]["ours"]) > 5
+    assert float(found["full", "speedup"]["ours"]) == 1.0
+    assert 3 < float(found["naive N=10 W8A8", "size"]["ours"]) < 4
+    bops = float(found["naive N=10 W8A8", "bops_saved"]["ours"])
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert 16 * 1.5 < bops < 16 * 3  # 2 of 6 steps in full, and 1024/64 for the bits
+    assert set(record["parts"]["cifar"]) == {"full", *rows.split(",")}
+    assert (tmp_path / "table.txt").read_text().strip() in printed
+    assert "ours: configs/fashion.yaml, 6 steps, 4 images in batches of 2" in printed
+    with Image.open(tmp_path / "quality.png") as plot:
+        assert plot.size[0] > 500
+    kinds = [argv[0] for argv in commands]
+    assert kinds.count("run") == 2 and kinds.count("sample") == 1 and kinds.count("evaluate") == 5
+    commands.clear()
+    assert script.main(argv) == 0
+    assert [argv[0] for argv in commands].count("evaluate") == 0
+    assert table(tmp_path) == found  # times included: nothing was drawn again
+    victim = next((tmp_path / "fashion").glob("full-*/images-*.safetensors"))
+    victim.unlink()
+    assert script.main(argv) == 0
+    again = table(tmp_path)
+    assert again["naive N=10 W8A8", "psnr"] == found["naive N=10 W8A8", "psnr"]  # the same noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model", "row"),
+    [
+        ("ablation", "fashion-ldm", "best"),
+        ("bedroom", "fashion-ldm", "best N=2 W8A8"),
+        ("dit", "fashion-dit", "best N=2 W8A8"),
+        ("sd", "drawings-sd", "paper N=2 W8A8"),
+    ],
+)
+def test_every_latent_miniature_stands_in(
+    name: str, model: str, row: str, script: ModuleType, untrained: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = untrained("drawings-clip").parent
+    monkeypatch.setattr(retrieval, "assets_folder", lambda: folder)
+    path = ["--set", f"model.path={untrained(model)}", "--set", "cache.interval=2"]
+    assert script.main(["--table", name, *SMALL, *path, "--rows", row, "--out", str(tmp_path)]) == 0
+    found = table(tmp_path)
+    metric = "frechet_drawings_clip" if model == "drawings-sd" else "frechet_fashion_cnn"
+    assert float(found[row, metric]["ours"]) >= 0 and float(found[row, "speedup"]["ours"]) > 0
+    assert float(found[row, "psnr"]["ours"]) > 10
+    if model == "drawings-sd":
+        assert 0 <= float(found[row, "retrieval"]["ours"]) <= 1
+
+
+def test_several_workers_are_processes_of_their_own(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning starts the program again in each of them: that must be the command, not the whole table."""
+    started: list[list[str]] = []
+
+    class Failed:
+        returncode = 3
+
+    def start(command: list[str], **_: object) -> Failed:
+        started.append(command)
+        return Failed()
+
+    monkeypatch.setattr(driver.subprocess, "run", start)
+    argv = ["--table", "cifar", *SMALL, "--set", "cache.interval=3", "--devices", "2", "--out", str(tmp_path)]
+    assert script.main(argv) == 3
+    assert len(started) == 1 and started[0][1:4] == ["-m", "cachequant", "run"] and "--devices" in started[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "imagenet"], "compares with guided-diffusion's VIRTUAL_imagenet256_labeled.npz"),
+        (["--table", "cifar", "--miniature", "--rows", "worst"], "row 'worst' is not in table cifar"),
+        (["--table", "dit", "--miniature", "--set", "model.path=assets/nothing"], "no miniature in assets/nothing"),
+        (["--table", "cifar", "--miniature", "--set", "cache.intervall=3"], "unknown key cache.intervall"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_an_absent_configuration_of_a_miniature_is_one_line(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = repository_folder()
+    shutil.copytree(root / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "fashion.yaml").unlink()
+    monkeypatch.setattr(driver, "repository_folder", lambda: tmp_path)
+    assert script.main(["--table", "cifar", "--miniature", "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "no configuration file" in lines[0] and "fashion.yaml" in lines[0]
