@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from torch import Tensor, nn
 
 from cachequant.config import repository_folder
-from cachequant.evaluation import retrieval
+from cachequant.evaluation import measures, retrieval
+from cachequant.evaluation.inception import Inception, InceptionFeatures
 from cachequant.pipeline import reproduce as driver
 
 SMALL = [
@@ -84,6 +89,45 @@ def test_a_table_on_the_embedded_miniature_and_again(
     assert script.main(argv) == 0
     again = table(tmp_path)
     assert again["naive N=10 W8A8", "psnr"] == found["naive N=10 W8A8", "psnr"]  # the same noise
+
+
+class Projection(nn.Module):
+    """Stands in for Inception: linear features of the pixels, from a seed."""
+
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        """[B, 3, 32, 32] uint8."""
+        generator = torch.Generator().manual_seed(0)
+        maps = [torch.randn(3 * 32 * 32, width, generator=generator).double() / 60 for width in (6, 4, 5)]
+        pool, spatial, logits = (images.double().flatten(1) / 255 @ m for m in maps)
+        return InceptionFeatures(pool, spatial, logits.softmax(1))
+
+
+@pytest.mark.slow
+def test_a_real_model_is_compared_metric_by_metric(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A toy in DDPM CIFAR-10's place, and another network in Inception's."""
+    monkeypatch.setattr(Inception, "load", lambda _: Projection())
+    for name, width in {"POOL": 6, "SPATIAL": 4, "CLASSES": 5}.items():
+        monkeypatch.setattr(measures, name, width)
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
+    row, out = "as released N=10 W8A8", tmp_path / "out"
+    changes = [f"model.path={tmp_path / 'model'}", "cache.branch=0", "cache.interval=3", "calibration.dps_samples=2"]
+    changes += ["calibration.dec_samples=2"]
+    argv = ["--table", "cifar", *SMALL[1:], "--ref", str(tmp_path / "real.npz"), "--rows", row, "--out", str(out)]
+    assert script.main([*argv, *[word for change in changes for word in ("--set", change)]]) == 0
+    found = table(out)
+    fid = found[row, "fid"]
+    assert float(fid["difference"]) == pytest.approx(float(fid["ours"]) - 4.61)
+    assert {"sfid", "is", "psnr", "speedup"} <= {quantity for name, quantity in found if name == row}
+    record = json.loads((out / "table.json").read_text())
+    assert any(command.startswith("cachequant evaluate") and "--ref" in command for command in record["commands"])
 
 
 @pytest.mark.slow
