@@ -188,7 +188,7 @@ def _install(
         raise UserError(
             f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it"
         )
-    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend)
+    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())
     structure.rebuild()
     return network
 

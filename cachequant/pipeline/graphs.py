@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import Adapter
+from cachequant.quant.context import ContextOperands
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import AffineMap
 
@@ -57,7 +59,7 @@ def with_graphs(adapter: Adapter, cache: FeatureCache, network: object) -> Any:
     tables = getattr(network, "tables", None)
     if tables is None or tables.device.type != "cuda" or getattr(network, "simulation", None) is not None:
         return adapter
-    return GraphedAdapter(adapter, cache, tables, CudaRecorder())
+    return GraphedAdapter(adapter, cache, tables, CudaRecorder(), getattr(network, "context", None))
 
 
 class GraphedAdapter:
@@ -72,12 +74,18 @@ class GraphedAdapter:
         cache: tells the step.
         tables: of the deployed layers, or None for a network without.
         record: makes a replay of a function; `CudaRecorder()` on a GPU.
+        context: keys and values of cross-attention that are computed outside the graphs, once a prompt.
     """
 
     def __init__(
-        self, adapter: Adapter, cache: FeatureCache, tables: StepTables | None, record: Callable[[Body], Replay]
+        self,
+        adapter: Adapter,
+        cache: FeatureCache,
+        tables: StepTables | None,
+        record: Callable[[Body], Replay],
+        context: ContextOperands | None = None,
     ) -> None:
-        self.adapter, self.cache, self.tables, self.record = adapter, cache, tables, record
+        self.adapter, self.cache, self.tables, self.record, self.context = adapter, cache, tables, record, context
         self._graphs: dict[Any, tuple[dict[str, Tensor], Replay]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -106,6 +114,9 @@ class GraphedAdapter:
     def _step(self, kind: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         """Fill the fixed inputs, select the step, replay."""
         device = arguments["x"].device
+        prompt = arguments.get("encoder_hidden_states")
+        if self.context is not None and isinstance(prompt, Tensor):
+            self.context.update(prompt.to(arguments["x"]) if prompt.dtype != arguments["x"].dtype else prompt)
         if not isinstance(arguments["timestep"], Tensor):
             arguments["timestep"] = torch.as_tensor(arguments["timestep"])
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
@@ -130,6 +141,7 @@ class GraphedAdapter:
         """What is captured: the step's rows, then the network."""
         if self.tables is not None:
             self.tables.load()
-        if kind == "full":
-            return self.adapter.full(**arguments)
-        return (self.adapter.cached(**arguments),)
+        with self.context.reading() if self.context is not None else nullcontext():
+            if kind == "full":
+                return self.adapter.full(**arguments)
+            return (self.adapter.cached(**arguments),)

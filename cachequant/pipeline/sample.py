@@ -56,7 +56,10 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     correction = plan.correction if plan else Correction()
     cache = FeatureCache(schedule, 2 if correction.uses_forecast else 1, adapter.channel_dim)
     quant = plan.quant if plan else None
-    handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context)) if quant else None
+    handle = None
+    if quant is not None:
+        shallow = adapter.shallow_names()
+        handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context), shallow)
     adapter.rebuild()
     inner = accelerated_step(with_graphs(adapter, cache, handle), cache, correction)
     path: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.blocks import Fused, fuse, unfuse
+from cachequant.quant.context import ContextOperands
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
 from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.step_tables import StepTables
+from cachequant.quant.time_projections import TimeProjections, share_time_projections
 from cachequant.types import Correction, LayerQuant, QuantState
 
 
@@ -30,6 +33,8 @@ class Deployment:
         fused: name -> class of the blocks with a fused forward.
         simulation: the simulated layers and attention operands, or None.
         tables: the scales of every step, of a deployment on a GPU.
+        time: joint projections of the time embedding, of a deployment on a GPU.
+        context: keys and values of cross-attention, of a deployment on a GPU that has any.
     """
 
     network: nn.Module
@@ -38,6 +43,8 @@ class Deployment:
     fused: dict[str, str] = field(default_factory=dict)
     simulation: QuantizedNetwork | None = None
     tables: StepTables | None = None
+    time: list[TimeProjections] = field(default_factory=list)
+    context: ContextOperands | None = None
 
     @property
     def replaced(self) -> dict[str, nn.Module]:
@@ -47,6 +54,8 @@ class Deployment:
     def remove(self) -> None:
         """Put every original layer, processor and class back."""
         unfuse(self.network, list(self.fused))
+        for projections in self.time:
+            projections.release()
         for name, source in self.integer.items():
             replace_module(self.network, name, source)
         if self.simulation is not None:
@@ -91,6 +100,7 @@ def deploy_on_device(
     correction: Correction | None = None,
     device: torch.device | None = None,
     forwards: dict[str, type[Fused]] | None = None,
+    shallow: Collection[str] = (),
 ) -> Deployment:
     """Deploy every layer that the GPU's operators support; arguments and result as for `deploy`.
 
@@ -98,9 +108,10 @@ def deploy_on_device(
         network, state, clock, correction: of `deploy`.
         device: where the network is; None asks its parameters.
         forwards: diffusers' class -> fused forward; None is all of them.
+        shallow: names of the modules that a cached step runs.
     """
     from cachequant.kernels.cuda.packing import unsupported
-    from cachequant.quant.device_blocks import FORWARDS
+    from cachequant.quant.device_blocks import FORWARDS, context_operands
     from cachequant.quant.device_layers import DeviceLayer, join
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
@@ -124,16 +135,30 @@ def deploy_on_device(
         if len(layers) == len(projections) and not join(layers):
             join(layers[1:])
     tables.freeze()
-    handle.fused = fuse(network, FORWARDS if forwards is None else forwards)
+    chosen = FORWARDS if forwards is None else forwards
+    handle.time = share_time_projections(network, shallow) if "ResnetBlock2D" in chosen else []
+    handle.context = ContextOperands.of(network, context_operands) if "BasicTransformerBlock" in chosen else None
+    handle.fused = fuse(network, chosen)
     return handle
 
 
 def attach(
-    network: nn.Module, state: QuantState, clock: FeatureCache, correction: Correction, backend: Backend
+    network: nn.Module,
+    state: QuantState,
+    clock: FeatureCache,
+    correction: Correction,
+    backend: Backend,
+    shallow: Collection[str] = (),
 ) -> QuantizedNetwork | Deployment:
-    """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it."""
+    """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it.
+
+    Args:
+        network, state, clock, correction: of `deploy`.
+        backend: of `cachequant.kernels.backend.choose_backend`.
+        shallow: names of the modules that a cached step runs, which a GPU's backend lays out together.
+    """
     if backend.name == SIMULATED:
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:
-        return deploy_on_device(network, state, clock, correction)
+        return deploy_on_device(network, state, clock, correction, shallow=shallow)
     return deploy(network, state, clock, correction)

@@ -24,7 +24,7 @@ keep() {
 
 check() { # the parts share the GPU: correctness does not mind
   local status=0 pids=()
-  for part in compiled triton pointwise; do
+  for part in compiled triton pointwise feed-forward; do
     timeout 230 python3 scripts/gpu/check_kernels.py --part $part --json "$work/check-$part.json" \
       >"$work/check-$part.log" 2>&1 &
     pids+=($!)
