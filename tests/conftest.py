@@ -1,7 +1,6 @@
 """Fixtures of every test."""
 
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,17 +40,4 @@ def golden_folder() -> Path:
     folder = Path(os.environ.get("CACHEQUANT_GOLDEN", default))
     if not folder.is_dir():
         pytest.skip(f"no golden data in {folder}; set CACHEQUANT_GOLDEN to its folder")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a miniature with random weights (tests/untrained.py), made once."""
-    root = tmp_path_factory.mktemp("untrained")
-
-    def folder(name: str) -> Path:
-        from tests.untrained import export_untrained
-
-        return root / name if (root / name).is_dir() else export_untrained(name, root)
-
     return folder

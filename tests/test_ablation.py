@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +12,6 @@ import pytest
 
 from cachequant.config import repository_folder
 from cachequant.errors import UserError
-from cachequant.evaluation import retrieval
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +61,10 @@ def test_retrieval_is_a_column_where_it_was_measured(ablation: ModuleType) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "model"), [("fashion_ldm", "fashion-ldm"), ("drawings_sd", "drawings-sd")])
-def test_decoded_images_of_latent_miniatures_are_judged(
-    config: str, model: str, ablation: ModuleType, untrained: Callable[[str], Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    folder = untrained("drawings-clip").parent
-    monkeypatch.setattr(retrieval, "assets_folder", lambda: folder)
+@pytest.mark.parametrize("config", ["fashion_ldm", "drawings_sd"])
+def test_decoded_images_of_latent_miniatures_are_judged(config: str, ablation: ModuleType, tmp_path: Path) -> None:
     path, out = repository_folder() / "configs" / f"{config}.yaml", tmp_path / "out.json"
-    changes = [f"model.path={untrained(model)}", "sampler.steps=4", "calibration.samples=2", "calibration.batch_size=2"]
+    changes = ["sampler.steps=4", "calibration.samples=2", "calibration.batch_size=2"]
     argv = [str(path), "--intervals", "2", "--seeds", "1", "--samples", "4", "--batch-size", "2", "--device", "cpu"]
     argv += ["--out", str(out), "--row", "naive", "--row", "ours:best"]
     argv += [word for change in changes for word in ("--set", change)]
@@ -80,8 +73,8 @@ def test_decoded_images_of_latent_miniatures_are_judged(
     rows = {row["row"]: row for row in first["results"]}
     assert list(rows) == ["full", "naive", "ours"]
     assert rows["full"]["feature_distance"] == 0.0 and rows["full"]["psnr"] is None
-    assert all(rows[name]["feature_distance"] > 0 and rows[name]["psnr"] > 10 for name in ("naive", "ours"))
-    assert ("retrieval" in rows["ours"]) == (model == "drawings-sd")
+    assert all(rows[name]["feature_distance"] > 0 and rows[name]["psnr"] > 5 for name in ("naive", "ours"))
+    assert ("retrieval" in rows["ours"]) == (config == "drawings_sd")
     ablation.main(argv)
     assert json.loads(out.read_text())["results"] == first["results"]  # nothing was measured twice
 

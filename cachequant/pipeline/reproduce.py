@@ -170,6 +170,7 @@ class Workbench:
     options: Options
     commands: list[str] = field(default_factory=list)
     _prints: dict[Path, str] = field(default_factory=dict)
+    _drawn: set[Path] = field(default_factory=set)
 
     def measure(self) -> dict[str, Figures]:
         """Row -> metrics, `seconds` an image, `bytes`, `bops`."""
@@ -205,8 +206,10 @@ class Workbench:
         first = config.sample.seed + shift
         key = content_hash([asdict(part) for part in (config.model, config.sampler, config.sample)])
         out = self._folder / f"full-{first}-{key[:12]}"
-        self._say(f"{FULL}, seeds from {first}")
-        self._command("sample", str(plan), str(out), "--full", "--set", f"sample.seed={first}")
+        if out not in self._drawn:
+            self._say(f"{FULL}, seeds from {first}")
+            self._command("sample", str(plan), str(out), "--full", "--set", f"sample.seed={first}")
+            self._drawn.add(out)
         return out
 
     def _judge(self, images: Path, full: Path, plan: Path) -> dict[str, float]:

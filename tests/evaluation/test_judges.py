@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cachequant.errors import UserError
-from cachequant.evaluation import retrieval
 from cachequant.evaluation.features import FEATURE_CHANNELS, fashion_statistics, load_feature_network
 from cachequant.evaluation.frechet import FeatureStatistics, frechet_distance
 from cachequant.evaluation.judges import DrawingFeatures, FashionFeatures, Features
@@ -21,11 +19,9 @@ from cachequant.evaluation.suite import Request, Suite
 PROMPTS = ("red apple", "bus", "black cat", "rocket", "red apple")
 
 
-@pytest.fixture
-def drawings(untrained: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> DrawingFeatures:
-    """The judge of drawings with random weights, where the assets lie."""
-    folder = untrained("drawings-clip").parent
-    monkeypatch.setattr(retrieval, "assets_folder", lambda: folder)
+@pytest.fixture(scope="module")
+def drawings() -> DrawingFeatures:
+    """The judge of drawings."""
     return DrawingFeatures()
 
 

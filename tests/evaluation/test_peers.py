@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,8 @@ STEPS = 8
 SMALL = [f"sampler.steps={STEPS}", "cache.interval=4", "calibration.samples=2", "calibration.batch_size=2"]
 
 
-def context(name: str, folder: Path, *overrides: str) -> Context:
-    config: RunConfig = load_config(
-        repository_folder() / "configs" / f"{name}.yaml", [*SMALL, f"model.path={folder}", *overrides]
-    )
+def context(name: str, *overrides: str) -> Context:
+    config: RunConfig = load_config(repository_folder() / "configs" / f"{name}.yaml", [*SMALL, *overrides])
     return Context.of(load_pipeline(config.model, "cpu"), config)
 
 
@@ -73,8 +70,8 @@ def test_choices_run_no_more_of_the_network_than_we_do() -> None:
     assert branches == [[0], [0, 1], [0, 1, 3]]  # two resnets a block, in steps of three
 
 
-def test_blocks_outside_our_span_are_shared_out(untrained: Callable[[str], Path]) -> None:
-    pipe = load_pipeline(untrained("fashion-dit"), "cpu")
+def test_blocks_outside_our_span_are_shared_out() -> None:
+    pipe = load_pipeline("assets/fashion-dit", "cpu")
     assert peers_of(pipe) == ("dbcache", "taylorseer")
     budget = Budget(12, 4, CacheConfig(3, span=[3, 8]))
     choices = masked_choices("taylorseer", pipe, budget)
@@ -95,26 +92,22 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_a_copy_without_a_peer_is_the_pipeline(untrained: Callable[[str], Path]) -> None:
-    at = context("fashion_dit", untrained("fashion-dit"))
+def test_a_copy_without_a_peer_is_the_pipeline() -> None:
+    at = context("fashion_dit")
     drawn = draw_peer(UNTOUCHED, at.generator(), [5, 6], 2)
     assert drawn.full_step_share == 1.0 and drawn.images.equal(draw(at, None, [5, 6], "full").images)
 
 
-@pytest.mark.parametrize("name", ["fashion-ldm", "drawings-sd"])
-def test_deepcache_is_our_uniform_reuse_without_correction(
-    name: str, untrained: Callable[[str], Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["fashion_ldm", "drawings_sd"])
+def test_deepcache_is_our_uniform_reuse_without_correction(name: str, tmp_path: Path) -> None:
     pytest.importorskip("DeepCache", reason="needs the peers extra: pip install -e '.[peers]'")
-    at = context(
-        name.replace("-", "_"), untrained(name), "method=naive", "quant.enabled=false", "calibration.prompts=null"
-    )
+    at = context(name, "method=naive", "quant.enabled=false", "calibration.prompts=null")
     before = draw(at, None, [5, 6], "full").images
     trial = Trial(at.generator(), Budget(at.num_steps, 2, at.config.cache), [1, 2], 2)
     setting = trial.best("deepcache")
     assert setting.options == {"cache_interval": 4, "cache_branch_id": 0}
     drawn = draw_peer(setting, at.generator(sampling=True), [5, 6], 2)
-    if name == "fashion-ldm":  # PLMS evaluates a timestep twice, which the package counts as one step
+    if name == "fashion_ldm":  # PLMS evaluates a timestep twice, which the package counts as one step
         assert drawn.full_step_share == 2 / 8
         torch.testing.assert_close(drawn.images, naive(at, tmp_path), rtol=0, atol=1e-5)
     assert not drawn.images.equal(before)
@@ -132,10 +125,8 @@ def cache_dit() -> Any:
     return require_peer("dbcache")
 
 
-def test_dbcache_with_our_span_and_mask_is_our_reuse(
-    cache_dit: Any, untrained: Callable[[str], Path], tmp_path: Path
-) -> None:
-    at = context("fashion_dit", untrained("fashion-dit"), "method=naive", "quant.enabled=false")
+def test_dbcache_with_our_span_and_mask_is_our_reuse(cache_dit: Any, tmp_path: Path) -> None:
+    at = context("fashion_dit", "method=naive", "quant.enabled=false")
     budget = Budget(at.num_steps, 2, at.config.cache)
     same = [c for c in masked_choices("dbcache", at.generator().pipe, budget) if c.options["Fn_compute_blocks"] == 3]
     drawn = draw_peer(same[0], at.generator(), [5, 6], 2)
@@ -148,12 +139,8 @@ def test_dbcache_with_our_span_and_mask_is_our_reuse(
 
 
 @pytest.mark.slow
-def test_the_best_setting_is_within_the_budget_and_no_worse_than_reuse(
-    cache_dit: Any, untrained: Callable[[str], Path]
-) -> None:
-    at = context(
-        "fashion_dit", untrained("fashion-dit"), "sampler.steps=6", "cache.interval=2", "sampler.guidance_scale=null"
-    )
+def test_the_best_setting_is_within_the_budget_and_no_worse_than_reuse(cache_dit: Any) -> None:
+    at = context("fashion_dit", "sampler.steps=6", "cache.interval=2", "sampler.guidance_scale=null")
     trial = Trial(at.generator(), Budget(at.num_steps, 3, at.config.cache), [1, 2], 2)
     full = trial.draw(UNTOUCHED).images
 
