@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import cachequant as cq
+from cachequant.cli import guarded
 from cachequant.config import RunConfig
 from cachequant.evaluation.features import fashion_statistics
 from cachequant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
@@ -288,7 +289,4 @@ class SeedRows:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except cq.UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(guarded(main))
