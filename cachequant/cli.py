@@ -144,8 +144,9 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("images", type=Path, help="folder of PNG/JPG or shards, .safetensors, or .npz")
     command.add_argument("--ref", type=Path, help=".npz batch or statistics, any image set, or fashion-mnist")
     command.add_argument("--metrics", default="fid,sfid,is,precision,recall", metavar="A,B", help=(
-        "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips, frechet_fashion_cnn"))  # fmt: skip
-    command.add_argument("--prompts", metavar="FILE", help="text of each image, one a line, for clip")
+        "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips; of the miniatures frechet_NET and distance_NET "
+        "with NET fashion_cnn or drawings_clip, and retrieval"))  # fmt: skip
+    command.add_argument("--prompts", metavar="FILE", help="text of each image, one a line, for clip and retrieval")
     command.add_argument("--resize", type=int, metavar="N", help="cut square and resize; 300 for Stable Diffusion")
     command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the networks' weights")
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
