@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from cachequant.config import repository_folder
+from cachequant.config import load_config, repository_folder
+from cachequant.costs import COSTS
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +42,10 @@ def test_rows_are_a_label_a_method_and_overrides(ablation: ModuleType) -> None:
     assert ablation.split_row("paper", 5) == ("paper", ["cache.interval=5", "method=paper"])
     label, overrides = ablation.split_row("ours:best,correction.forecast=false", 10)
     assert label == "ours" and overrides == ["cache.interval=10", "method=best", "correction.forecast=false"]
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_every_cost_of_the_schedule_is_a_row(ablation: ModuleType, name: str) -> None:
+    _, overrides = ablation.split_row(f"{name}:paper,schedule.cost={name},cache.refreshes=12", 5)
+    config = load_config(repository_folder() / "configs" / "fashion.yaml", overrides)
+    assert config.schedule.cost == name and config.schedule.kind == "dps" and config.cache.refreshes == 12

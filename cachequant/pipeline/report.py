@@ -187,8 +187,7 @@ def _stage_outputs(context: Context, folder: Path | None) -> tuple[Tensor | None
         (calibration, _), (moments, _) = stages.calibration(), stages.moments()
     except UserError:
         return None, {}
-    band = calibration.band
-    costs = band[:, 1] if band.shape[1] > 1 else None
+    costs = calibration.neighbour if calibration.band.shape[1] > 1 else None
     if not moments:
         return costs, {}
     before, after = relative_errors(moments, context.config.correction.ridge)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cachequant import __version__
+from cachequant.budget import Allowance
 from cachequant.correction import Moments
 from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
@@ -18,6 +19,7 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
+from cachequant.pipeline.pace import within_budget
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
@@ -44,12 +46,14 @@ class Stages:
     """Asks for each stage's output; what it needs is asked for first.
 
     Attributes:
-        context: pipeline and configuration.
+        context: pipeline and configuration, a time budget already turned into a number of refreshes.
         store: where outputs are.
+        allowance: a time budget over steps of several prices, if there is one.
     """
 
     context: Context
     store: StageStore
+    allowance: Allowance | None = None
 
     @staticmethod
     def at(context: Context, folder: Path | None = None, only: int | None = None, quiet: bool = False) -> Stages:
@@ -57,7 +61,9 @@ class Stages:
         config = context.config
         root = folder or Path(config.output) / (config.model.name or "run")
         allowed = frozenset({only}) if only else frozenset(range(1, 7))
-        return Stages(context, StageStore(root, allowed, quiet))
+        store = StageStore(root, allowed, quiet)
+        context, allowance = within_budget(context, store)
+        return Stages(context, store, allowance)
 
     def run(self, number: int) -> Any:
         """Output of stage `number`, 1 to 6."""
@@ -85,6 +91,8 @@ class Stages:
         inputs: dict[str, Any] = {"parent": parent, "schedule": asdict(config.schedule)}
         if config.schedule.fallback:
             inputs["correction"] = asdict(config.correction)
+        if self.allowance is not None:
+            inputs["allowance"] = asdict(self.allowance)
 
         def save(folder: Path, value: Schedule) -> None:
             save_json(folder / "schedule.json", asdict(value))
@@ -94,7 +102,7 @@ class Stages:
             return Schedule(**{**record, "refresh_steps": tuple(record["refresh_steps"])})
 
         def compute() -> Schedule:
-            return choose_schedule(self.context, calibration)
+            return choose_schedule(self.context, calibration, self.allowance)
 
         return self.store.obtain(1, "schedule", inputs, compute, save, load)
 
