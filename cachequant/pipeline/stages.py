@@ -49,11 +49,13 @@ class Stages:
         context: pipeline and configuration, a time budget already turned into a number of refreshes.
         store: where outputs are.
         allowance: a time budget over steps of several prices, if there is one.
+        chosen: a schedule to take instead of the configuration's.
     """
 
     context: Context
     store: StageStore
     allowance: Allowance | None = None
+    chosen: Schedule | None = None
 
     @staticmethod
     def at(context: Context, folder: Path | None = None, only: int | None = None, quiet: bool = False) -> Stages:
@@ -72,8 +74,16 @@ class Stages:
 
     def calibration(self) -> tuple[Calibration, str]:
         """Stage 1, first half: trajectories, distances, calibration inputs."""
+        inputs, context = self._calibration_inputs(), self.context
+        return self.store.obtain(1, "calibrate", inputs, lambda: gather(context), _save_calibration, _load_calibration)
+
+    def calibration_key(self) -> str:
+        """Key of `calibration`, which need not be there."""
+        return self.store.key(1, "calibrate", self._calibration_inputs())
+
+    def _calibration_inputs(self) -> dict[str, Any]:
         config, context = self.context.config, self.context
-        inputs = {
+        return {
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
@@ -82,11 +92,12 @@ class Stages:
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
         }
-        return self.store.obtain(1, "calibrate", inputs, lambda: gather(context), _save_calibration, _load_calibration)
 
     def schedule(self) -> tuple[Schedule, str]:
         """Stage 1, second half: the schedule."""
         calibration, parent = self.calibration()
+        if self.chosen is not None:
+            return self.chosen, self.store.key(1, "schedule", {"parent": parent, "chosen": asdict(self.chosen)})
         config = self.context.config
         inputs: dict[str, Any] = {"parent": parent, "schedule": asdict(config.schedule)}
         if config.schedule.fallback:
