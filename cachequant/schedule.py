@@ -40,8 +40,8 @@ def uniform_schedule(num_steps: int, interval: int, groups: int | None = None) -
     `groups` keeps that many; the last one then takes what is left (50 PLMS steps are 51 evaluations in 50 / N groups). Where
     the interval gives fewer, that many are spread evenly.
     """
-    if (groups or 0) > num_groups(num_steps, interval):
-        assert groups is not None
+    natural = num_groups(num_steps, interval)
+    if groups is not None and groups > natural:
         return Schedule(tuple(i * num_steps // groups for i in range(groups)), num_steps, interval)
     return Schedule(tuple(range(0, num_steps, interval))[:groups], num_steps, interval)
 
@@ -82,7 +82,9 @@ def random_schedule(num_steps: int, interval: int, seed: int, groups: int | None
     for _ in range(k):
         ways.append([sum(ways[-1][n - size] for size in lengths if size <= n) for n in range(num_steps + 1)])
     if not ways[k][num_steps]:
-        raise UserError(f"no schedule has {k} groups of {lengths} steps in {num_steps}: change cache.interval")
+        raise UserError(
+            f"no schedule has {k} groups of {shortest} to {lengths[-1]} steps in {num_steps}: change cache.interval"
+        )
     draw, steps, n = random.Random(seed), [], num_steps
     for rest in reversed(range(k)):
         place = draw.randrange(ways[rest + 1][n])

@@ -351,7 +351,7 @@ def test_random_schedules_keep_the_bounds_of_dps(seed: int, steps: int, interval
 
 
 def test_where_there_is_no_schedule_none_is_drawn() -> None:
-    with pytest.raises(UserError, match="no schedule has 9 groups"):
+    with pytest.raises(UserError, match="no schedule has 9 groups of 2 to 6 steps in 9"):
         random_schedule(9, 3, 0, groups=9)
 
 
