@@ -23,7 +23,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Allowance:
-    """A budget over steps whose refreshes do not all add the same time, in milliseconds.
+    """A time budget with what steps take, in milliseconds.
 
     Attributes:
         full, cached: [T] of a full and of a cached evaluation at each step.
@@ -33,6 +33,16 @@ class Allowance:
     full: tuple[float, ...]
     cached: tuple[float, ...]
     budget: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether every refresh adds the same time, so that their number says everything."""
+        return len({full - cached for full, cached in zip(self.full, self.cached, strict=True)}) == 1
+
+    def spent(self, refresh_steps: tuple[int, ...]) -> float:
+        """Milliseconds of a run with these full steps."""
+        added = sum(self.full[step] - self.cached[step] for step in refresh_steps)
+        return sum(self.cached) + added
 
 
 @dataclass(frozen=True)

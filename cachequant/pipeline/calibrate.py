@@ -172,7 +172,7 @@ def choose_schedule(context: Context, calibration: Calibration, allowance: Allow
     if config.schedule.kind == "power":
         return power_schedule(num_steps, interval, config.schedule.center, config.schedule.power, groups)
     best = best_schedule(calibration.band, interval, calibration.weights, groups)
-    if allowance is not None and calibration.band.dim() == 2:
+    if allowance is not None and not allowance.equal and calibration.band.dim() == 2:
         best = budget_schedule(calibration, interval, allowance, best.uniform_cost)
     uniform = uniform_schedule(num_steps, interval, groups)
     uniform = replace(uniform, cost=best.uniform_cost, uniform_cost=best.uniform_cost)

@@ -20,8 +20,8 @@ def within_budget(context: Context, store: StageStore) -> tuple[Context, Allowan
     """The context with `cache.refreshes` and `cache.interval` = ceil(T / refreshes) in place of a budget.
 
     Step times are measured once for a run folder, device, backend and batch, and kept as part of stage 1. The number of
-    refreshes is exact where each adds the same time; else it is the number that fits wherever they are, and the allowance
-    tells the schedule how to use the rest.
+    refreshes is exact where each adds the same time; else it is the number that fits wherever they are, and the allowance,
+    None without a budget, tells the schedule how to use the rest.
 
     Raises:
         UserError: the budget is below the fastest plan of a single refresh.
@@ -29,12 +29,10 @@ def within_budget(context: Context, store: StageStore) -> tuple[Context, Allowan
     cache, steps = context.config.cache, context.num_steps
     refreshes, allowance = cache.refreshes, None
     if cache.budget_ms is not None or cache.speedup is not None:
-        times = step_times(context, store)
-        budget = times.budget(cache.budget_ms, cache.speedup)
-        full, cached = times.tensors()
-        cheap = float(cached.mean())
-        refreshes = refreshes_within(steps, cheap + float((full - cached).max()), cheap, budget)
-        allowance = None if times.equal else Allowance(times.full, times.cached, budget)
+        allowance = step_times(context, store).allowance(cache.budget_ms, cache.speedup)
+        cached = sum(allowance.cached) / steps
+        added = max(f - c for f, c in zip(allowance.full, allowance.cached, strict=True))
+        refreshes = refreshes_within(steps, cached + added, cached, allowance.budget)
     if refreshes is None:
         return context, None
     paced = replace(cache, refreshes=refreshes, interval=-(-steps // refreshes), budget_ms=None, speedup=None)

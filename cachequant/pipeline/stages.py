@@ -48,7 +48,7 @@ class Stages:
     Attributes:
         context: pipeline and configuration, a time budget already turned into a number of refreshes.
         store: where outputs are.
-        allowance: a time budget over steps of several prices, if there is one.
+        allowance: the time budget that this number comes from, if it does.
         chosen: a schedule to take instead of the configuration's.
     """
 
@@ -102,7 +102,7 @@ class Stages:
         inputs: dict[str, Any] = {"parent": parent, "schedule": asdict(config.schedule)}
         if config.schedule.fallback:
             inputs["correction"] = asdict(config.correction)
-        if self.allowance is not None:
+        if self.allowance is not None and not self.allowance.equal:
             inputs["allowance"] = asdict(self.allowance)
 
         def save(folder: Path, value: Schedule) -> None:
@@ -204,6 +204,9 @@ class Stages:
             "measured": calibration.measured,
             "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
+        if self.allowance is not None:
+            spent = self.allowance.spent(schedule.refresh_steps)
+            provenance["budget"] = {"network_ms": self.allowance.budget, "expected_ms": spent}
         identity, timesteps = context.identity, context.timesteps
         remainder = None if state is None else remainder_of(context.pipe, state)
         return Plan(config, identity, timesteps, schedule, correction, state, provenance, remainder), key

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cachequant.budget import Allowance
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import device_of
 from cachequant.pipeline.bench import first_call
@@ -40,21 +41,12 @@ class StepTimes:
     overhead: float
     untouched: float | None = None
 
-    def budget(self, budget_ms: float | None, speedup: float | None) -> float:
+    def allowance(self, budget_ms: float | None, speedup: float | None) -> Allowance:
         """What the network may take of a whole run's `budget_ms`, or of the untouched model's time / `speedup`."""
         if budget_ms is None:
             assert self.untouched is not None and speedup is not None, "a speed-up is over the untouched model's time"
             budget_ms = self.untouched / speedup
-        return budget_ms - self.overhead
-
-    @property
-    def equal(self) -> bool:
-        """Whether every refresh adds the same time."""
-        return len({f - c for f, c in zip(self.full, self.cached, strict=True)}) == 1
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """(full [T], cached [T]) float64."""
-        return torch.tensor(self.full, dtype=torch.float64), torch.tensor(self.cached, dtype=torch.float64)
+        return Allowance(self.full, self.cached, budget_ms - self.overhead)
 
 
 @torch.no_grad()
