@@ -34,8 +34,10 @@ from cachequant.storage import load_json, save_json
 STEPS = (1000, 2500, 5000, 10_000)
 VALUES = 4096
 """Values of the feature that DPS is timed on; time is linear in them."""
+REPEATS = 3
+"""Runs of DPS, the fastest of which counts: other programs only ever make it slower."""
 EVALUATIONS = 3
-"""Of each network, one warming up."""
+"""Of each network, after as many to warm up."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,13 @@ def dps_bytes(steps: int, interval: int, values: int) -> tuple[int, int]:
 
 
 def measure_dps(steps: int, interval: int, values: int) -> Solved:
+    """The fastest of `REPEATS` runs, of band and programme each."""
+    runs = [_run_dps(steps, interval, values) for _ in range(REPEATS)]
+    band, solve = min(run.band_seconds for run in runs), min(run.solve_seconds for run in runs)
+    return replace(runs[0], band_seconds=band, solve_seconds=solve)
+
+
+def _run_dps(steps: int, interval: int, values: int) -> Solved:
     """Stream a random walk of features [1, 1, values] and solve."""
     generator, band = torch.Generator().manual_seed(0), DistanceBand(steps, interval)
     feature, moves = torch.zeros(1, 1, values), torch.rand(steps, generator=generator) ** 2
