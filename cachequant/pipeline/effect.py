@@ -25,7 +25,8 @@ def effect_weights(context: Context, probes: int = 20, seeds: int = 2) -> Tensor
     """[T] float64 ‖change of the sample‖² / ‖change of the feature‖² of reusing the feature of one step before.
 
     Measured at `probes` evenly spaced steps for `seeds` noises of stage 1 and interpolated between them in logarithms. All
-    probes of a noise are rows of one batch, the first of which is left alone: (probes + 1)·seeds trajectories in full.
+    probes of a noise are rows of one batch, the first of which is left alone; up to its step a probe is that first row and
+    is not computed, so that the whole takes about (probes / 2 + 1)·seeds trajectories in full.
     """
     steps = probe_steps(context.num_steps, probes)
     if not steps:  # a single evaluation: there is nothing to reuse
@@ -67,16 +68,22 @@ def _probe(context: Context, steps: list[int], seed: int) -> tuple[Tensor, Tenso
 
     def step(call: Call) -> Tensor:
         """In full; the row whose turn it is takes the feature of the step before."""
-        output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
+        place = torch.arange(len(call.x)) % rows  # of a row within its half of a guided batch
+        begun = sum(at <= cache.step for at in steps)
+        alive = (place <= begun).nonzero()[:, 0]  # the others are still what the first row is
+        part = call.rows(alive)
+        output, feature = adapter.full(part.x, part.timestep, **part.kwargs)
+        first = (place[alive] == 0).to(feature.device)
         if cache.step in steps:
-            turn = steps.index(cache.step)
-            own = (torch.arange(len(call.x)) % rows == turn + 1).to(feature.device)  # both halves of a guided batch
-            part, reused = call.rows(own.nonzero()[:, 0]), before[call.context][own]
-            change[turn] += float((feature[own] - reused).double().square().sum())
+            mine, reused = (place[alive] == begun).to(feature.device), before[call.context]
+            change[begun - 1] += float((feature[mine] - reused).double().square().sum())
+            own = part.rows(mine.nonzero()[:, 0])
             output = output.clone()
-            output[own] = adapter.cached(part.x, part.timestep, None, reused, None, **part.kwargs)
-        before[call.context] = feature
-        return output
+            output[mine] = adapter.cached(own.x, own.timestep, None, reused, None, **own.kwargs)
+        before[call.context] = feature[first]
+        whole = output[first].repeat_interleave(rows, 0)  # [halves · rows, C, H, W]
+        whole[alive.to(whole.device)] = output
+        return whole
 
     images = torch.cat(list(context.run(step, cache, [seed] * rows, "1 effects", rows)))  # [P + 1, C, H, W]
     return (images[1:] - images[0]).double().square().flatten(1).sum(1), change
