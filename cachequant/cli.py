@@ -349,16 +349,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace, count: int) -> None:
-    from cachequant.lock import writer_lock
-    from cachequant.pipeline.studies.findings import write_study
-    from cachequant.pipeline.studies.registry import study_named
-    from cachequant.pipeline.studies.subject import StudySubject
+    from cachequant.pipeline.studies.registry import run_study
 
-    study = study_named(args.study)
-    subject = StudySubject.at(args.folder, args.set, args.device)
-    with writer_lock(subject.stages.store.root):
-        findings = study(subject, count)
-        files = write_study(findings, subject.context, args.out or subject.folder / f"study-{args.study}.html")
+    findings, files = run_study(args.study, args.folder, args.set, args.device, args.out, count)
     print(f"{findings.text()}\n\nwrote {files[0]} and {len(files) - 1} files beside it")
     _report_json(args, {"page": str(files[0]), "files": [str(file) for file in files], **findings.numbers})
 
