@@ -58,6 +58,8 @@ class CacheConfig:
     interval with them, from measured step times: milliseconds of a run of `sample.batch_size` images without decoding, or
     how many times faster than the untouched model it is.
 
+    `feature_bits`: 8 holds cached features as integers, a quarter of float32's memory; None as they are.
+
     `branch`: of a U-Net, decoder positions behind the cache site, 0 keeps only the last. `span`: of a transformer, first
     and last block whose sum is cached, 0-based; None is the middle half.
     """
@@ -65,6 +67,7 @@ class CacheConfig:
     interval: int = 10
     branch: int = 0
     span: list[int] | None = None
+    feature_bits: int | None = None
     refreshes: int | None = None
     budget_ms: float | None = None
     speedup: float | None = None
@@ -196,6 +199,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "cache.budget_ms": (0, 1e12),
     "cache.speedup": (1, 1e6),
     "cache.branch": (0, 1000),
+    "cache.feature_bits": (8, 8),
     "correction.ridge": (0, 1e6),
     "correction.inflation": (0, 100),
     "quant.weight_bits": (2, 8),

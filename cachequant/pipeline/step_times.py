@@ -18,6 +18,7 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.sample import backend_of
+from cachequant.pipeline.step import cache_of
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
 from cachequant.quant.deploy import attach
@@ -81,7 +82,7 @@ def _time_run(context: Context, plan: Plan) -> tuple[float, list[int], Kinds]:
     """A whole run in milliseconds, rows of each evaluation, and times by (whether it was full, rows)."""
     adapter, backend = context.adapter, backend_of(context)
     cuda = device_of(adapter.denoiser).type == "cuda"
-    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, adapter.channel_dim)
+    cache = cache_of(plan, adapter)
     handle = None
     if plan.quant is not None:
         shallow = adapter.shallow_names()

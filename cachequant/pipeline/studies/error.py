@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.evaluation.errors import path_error
 from cachequant.evaluation.plots import curve_figure
@@ -22,7 +21,7 @@ from cachequant.pipeline.calibrate import sampler_sigmas
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.report import parts_of
-from cachequant.pipeline.step import accelerated_step
+from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.pipeline.studies.findings import Findings, Table
 from cachequant.pipeline.studies.subject import StudySubject
 from cachequant.plan import Plan
@@ -57,7 +56,7 @@ def follow(context: Context, plan: Plan, seeds: list[int], free_running: bool) -
     Integers are simulated. The accelerated network's own refreshes fill its cache in both cases.
     """
     adapter = context.adapter
-    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, adapter.channel_dim)
+    cache = cache_of(plan, adapter)
     handle = install(adapter.denoiser, plan.quant or QuantState(), cache, correction=plan.correction)
     adapter.rebuild()
     accelerated = accelerated_step(adapter, cache, plan.correction)
