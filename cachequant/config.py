@@ -219,8 +219,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         _reject_unknown(extra, "--set")
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
         resolved = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
+    except (OmegaConfBaseException, RecursionError) as error:
+        place = getattr(error, "full_key", None)
+        key = f"{place}: " if place else ""
         raise UserError(f"{path}: {key}{_first_line(error)}; expected the types in cachequant/config.py") from None
     assert isinstance(resolved, RunConfig)
     validate(resolved)
@@ -250,7 +251,7 @@ def config_from_dict(values: dict[str, Any], changes: DictConfig | None = None) 
     try:
         layers = (OmegaConf.create(values), changes or OmegaConf.create({}))
         resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"configuration: {_first_line(error)}") from None
     assert isinstance(resolved, RunConfig)
     validate(resolved)
@@ -284,6 +285,9 @@ def validate(config: RunConfig) -> None:
         value = _lookup(config, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"{key} is {value}, expected {low:g} to {high:g}: correct it in the YAML or with --set")
+    name = config.model.name
+    if name and (Path(name).name != name or name == ".." or "\0" in name):
+        raise UserError(f"model.name is {name[:80]!r}, expected the name of a folder in {config.output}: correct it")
     calibration, correction = config.calibration, config.correction
     if calibration.cached_inputs > calibration.refresh_inputs:
         raise UserError(
@@ -322,7 +326,7 @@ def read_yaml(path: Path) -> DictConfig:
         raise UserError(f"no configuration file {path}; expected a YAML such as configs/fashion.yaml")
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} holds a list or a scalar, expected `key: value` lines")
@@ -335,7 +339,7 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
             raise UserError(f"--set {item!r}: expected key=value, such as cache.interval=5")
     try:
         return OmegaConf.from_dotlist(overrides)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--set {' '.join(overrides)}: {_first_line(error)}") from None
 
 

@@ -25,7 +25,7 @@ from cachequant.storage import (
 )
 from cachequant.types import Correction, QuantState, Remainder, Schedule
 
-SCHEMA = 2
+SCHEMA = 3
 TENSOR_FILES = ("correction.safetensors", "quant.safetensors", "remainder.safetensors")
 
 
@@ -34,7 +34,7 @@ class ModelIdentity:
     """What a plan fits to; compared field by field when it is enabled.
 
     Attributes:
-        model: class of the denoiser.
+        model: class of the denoiser and its configuration as one hash.
         weights: sha256 over the names, shapes and values of its parameters.
         scheduler: class of the scheduler and the settings that move timesteps or noise levels, as one hash.
         guidance: "none" or "cfg".
@@ -44,6 +44,24 @@ class ModelIdentity:
     weights: str
     scheduler: str
     guidance: str
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in asdict(self).values()):
+            raise ValueError(f"identity holds {asdict(self)}, expected text")
+
+    def refuse_other(self, found: ModelIdentity) -> None:
+        """Refuse a pipeline that this is not the identity of.
+
+        Raises:
+            UserError: names the first field that differs.
+        """
+        for name, want in asdict(self).items():
+            got = getattr(found, name)
+            if got != want:
+                raise UserError(
+                    f"this pipeline's {name} is {got[:32]}, the plan was made for {want[:32]}: "
+                    "load that model and scheduler, or calibrate for this one"
+                )
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,7 @@ class Plan:
             remainder = None
             if record["recipe"] is not None:
                 remainder = Remainder(load_tensors(folder / "remainder.safetensors"), record["recipe"])
-            return Plan(
+            plan = Plan(
                 config_from_dict(record["config"]),
                 ModelIdentity(**record["identity"]),
                 tuple(record["timesteps"]),
@@ -135,8 +153,13 @@ class Plan:
                 record["provenance"],
                 remainder,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / 'plan.json'} is damaged ({error}): make the plan again") from None
+            if not all(isinstance(t, int) for t in plan.timesteps) or len(plan.timesteps) != plan.schedule.num_steps:
+                raise ValueError(f"{len(plan.timesteps)} timesteps for {plan.schedule.num_steps} evaluations")
+            plan.summary()  # which reads what is free in form
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise UserError(f"{folder / 'plan.json'} is damaged ({reason}): make the plan again") from None
+        return plan
 
     def summary(self) -> str:
         """A few lines for people: model, schedule, corrections, bits."""
@@ -183,8 +206,10 @@ def _verify(record: Any, folder: Path) -> None:
     body = {key: value for key, value in record.items() if key != "checksum"}
     if record.get("checksum") != content_hash(body):
         raise UserError(f"{path} was edited or cut short (its checksum does not fit): make the plan again")
+    hashes = record.get("files")
     for name in TENSOR_FILES:
-        if not (folder / name).is_file() or file_hash(folder / name) != record.get("files", {}).get(name):
+        expected = hashes.get(name) if isinstance(hashes, dict) else None
+        if not (folder / name).is_file() or file_hash(folder / name) != expected:
             raise UserError(f"{folder / name} is missing or was changed after the plan was saved: make the plan again")
 
 

@@ -490,10 +490,10 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     for content, message in (
         ("[]", "is not a plan"),
         ("{}", "is not a plan"),
-        ('{"schema": 1}', "has schema 1, expected 2"),
-        ('{"schema": "2"}', "has schema '2', expected 2"),
-        ('{"schema": 2}', "was edited or cut short"),
-        ('{"schema": 2,', "is damaged"),
+        ('{"schema": 1}', "has schema 1, expected 3"),
+        ('{"schema": "3"}', "has schema '3', expected 3"),
+        ('{"schema": 3}', "was edited or cut short"),
+        ('{"schema": 3,', "is damaged"),
         ("", "is damaged"),
     ):
         (tmp_path / "plan.json").write_text(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def build_skeleton(plan: Plan) -> nn.Module:
             "this plan holds no denoiser, expected a quantised one: load the model and enable the plan on it"
         )
     with torch.device("meta"):
-        denoiser: nn.Module = _make(plan.remainder.recipe["denoiser"])
+        denoiser: nn.Module = _make(plan.remainder.recipe, "denoiser", nn.Module)
     for name, tensor in plan.remainder.tensors.items():
         order = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format  # as `load_pipeline` has it
         _put(denoiser, name, torch.empty_like(tensor, memory_format=order).copy_(tensor))  # strides and all
@@ -72,9 +73,12 @@ def build_pipeline(plan: Plan) -> Any:
     denoiser = build_skeleton(plan)
     assert plan.remainder is not None
     recipe = plan.remainder.recipe
-    if recipe["others"]:
-        return load_pipeline(plan.config.model, "cpu", **{recipe["role"]: denoiser})
-    return _class(recipe["pipeline"])(**{recipe["role"]: denoiser, "scheduler": _make(recipe["scheduler"])})
+    if recipe.get("others"):
+        return load_pipeline(plan.config.model, "cpu", **{_role(recipe): denoiser})
+    scheduler = _make(recipe, "scheduler", object)
+    kind = _class(recipe.get("pipeline"))
+    with _one_line("pipeline"):
+        return kind(**{_role(recipe): denoiser, "scheduler": scheduler})
 
 
 def is_skeleton(denoiser: nn.Module) -> bool:
@@ -97,7 +101,10 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         raise UserError(
             f"the plan holds {name}, which its denoiser lacks: the plan is damaged, make it again"
         ) from None
-    if owner._parameters.get(child) is not None:
+    known = owner._parameters.get(child, owner._buffers.get(child))
+    if known is None or (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+        raise UserError(f"the plan's {name} is not as its denoiser has it: the plan is damaged, make it again")
+    if child in owner._parameters:
         owner._parameters[child] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[child] = tensor
@@ -112,22 +119,55 @@ def _recipe(part: Any) -> dict[str, Any]:
     return {"class": _class_name(type(part)), "config": json.loads(part.to_json_string())}
 
 
-def _class(name: str) -> Any:
-    """The class called `name`, which must be one of diffusers or of this package.
+def _class(name: Any) -> Any:
+    """The class called `name`, which must be a configurable one of diffusers or of this package.
 
     Raises:
-        UserError: it is of another package, or not there.
+        UserError: it is of another package, not there, or no such class.
     """
-    module, _, kind = name.rpartition(".")
+    from diffusers import ConfigMixin
+
+    module, _, kind = str(name).rpartition(".")
     try:
         if module.split(".")[0] not in ("diffusers", "cachequant"):
             raise ImportError(f"{name} is neither of diffusers nor of cachequant")
-        return getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), kind)
+        if not isinstance(found, type) or not issubclass(found, ConfigMixin):
+            raise ImportError(f"{name} is no model, scheduler or pipeline")
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"the plan's class {name} cannot be had ({error}): install the versions that made the plan"
         ) from None
 
 
-def _make(recipe: dict[str, Any]) -> Any:
-    return _class(recipe["class"]).from_config(recipe["config"])
+def _make(recipe: dict[str, Any], part: str, kind: type) -> Any:
+    """A part of the pipeline, which must be a `kind`, from its class and configuration."""
+    with _one_line(part):
+        entry = dict(recipe[part])
+        made = _class(entry["class"]).from_config(dict(entry["config"]))
+        if not isinstance(made, kind):
+            raise TypeError(f"{entry['class']} is no {kind.__name__}")
+        return made
+
+
+def _role(recipe: dict[str, Any]) -> str:
+    """Which part of the pipeline the denoiser is."""
+    role = recipe.get("role")
+    if role not in ("unet", "transformer"):
+        raise UserError(
+            f"the plan's denoiser is the pipeline's {role}, expected unet or transformer: make the plan again"
+        )
+    return role
+
+
+@contextmanager
+def _one_line(part: str) -> Iterator[None]:
+    """diffusers raises many kinds; each means that the plan does not describe such a part."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"the plan's {part} cannot be built ({reason}): the plan is damaged, make it again") from None

@@ -13,7 +13,7 @@ from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.blocks import Fused, fuse, unfuse
-from cachequant.quant.convert import QuantizedNetwork, install, replace_module
+from cachequant.quant.convert import QuantizedNetwork, install, refuse_unfit, replace_module
 from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import Correction, LayerQuant, QuantState
@@ -131,7 +131,12 @@ def deploy_on_device(
 def attach(
     network: nn.Module, state: QuantState, clock: FeatureCache, correction: Correction, backend: Backend
 ) -> QuantizedNetwork | Deployment:
-    """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it."""
+    """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it.
+
+    Raises:
+        UserError: the state or the correction is not of this network, which is then as it was.
+    """
+    refuse_unfit(network, state, correction)
     if backend.name == SIMULATED:
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:

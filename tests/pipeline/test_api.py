@@ -235,5 +235,5 @@ def test_the_users_progress_bar_settings_survive_calibration(pipe: Any, configur
 def test_another_structure_with_the_same_weights_is_another_model(pipe: Any, configure: Configure) -> None:
     plan = plain_plan(pipe, configure("quant.enabled=false"))
     pipe.unet.register_to_config(norm_num_groups=2)
-    with pytest.raises(cq.UserError, match="this pipeline's weights"):
+    with pytest.raises(cq.UserError, match="this pipeline's model"):
         cq.enable(pipe, plan)
