@@ -26,7 +26,7 @@ class ModelConfig:
 
     `path`: diffusers folder (relative to the repository), hub id, or an original checkpoint file. `family`: one of
     `FAMILIES`; a file needs it, a folder or hub id gets its sampler. `original_config`, `weights`: as in
-    `cachequant convert`, for a file.
+    `cachequant convert`, for a file. `name`: of the run's folder in `output`.
     """
 
     path: str = ""
@@ -38,8 +38,9 @@ class ModelConfig:
 
 @dataclass
 class SamplerConfig:
-    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance.
+    """How the pipeline is called: `steps` of the sampler, `eta` of DDIM (0 is deterministic).
 
+    `guidance_scale`: of classifier-free guidance, None for a model without it.
     `prompts`: file of `cachequant.models.prompts`. `labels`: class ids, cycled; None spreads the images over all classes.
     """
 
@@ -52,7 +53,7 @@ class SamplerConfig:
 
 @dataclass
 class CacheConfig:
-    """What is reused and how often.
+    """What is reused and how often: `interval` is the average number of evaluations that share one feature.
 
     `branch`: of a U-Net, decoder positions behind the cache site, 0 keeps only the last. `span`: of a transformer, first
     and last block whose sum is cached, 0-based; None is the middle half.
@@ -65,7 +66,10 @@ class CacheConfig:
 
 @dataclass
 class ScheduleConfig:
-    """`kind`: uniform, power or dps. `cost`: l1, l2 or sampler. `fallback`: measure uniform too and keep the better."""
+    """`kind`: uniform, power or dps. `cost`: l1, l2 or sampler. `fallback`: measure uniform too and keep the better.
+
+    `center`, `power`: of DeepCache's schedule (`kind: power`), dense around step `center`, the denser the larger `power`.
+    """
 
     kind: str = "dps"
     cost: str = "l1"
@@ -78,6 +82,7 @@ class ScheduleConfig:
 class CorrectionConfig:
     """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers.
 
+    `cache`: correct the reused feature; `forecast`: from two features, the one refreshed a group earlier beside the newest.
     `ridge`, `inflation`: of `cachequant.correction.Moments.solve`; the inflation is that of the cached feature's map.
     `output` maps the prediction too, with x_t as second regressor (free_running only): none, least_squares towards the
     full-precision model at the same x_t, or spread, which on cached steps also keeps the spread of its trajectories.
@@ -96,6 +101,8 @@ class CorrectionConfig:
 class QuantConfig:
     """Bits and range search. `ends_bits`, `attention_bits` None: end convolutions, attention operands stay as they are.
 
+    `enabled`: quantise at all. `weight_bits`, `activation_bits`: of every layer between the ends; `time_embedding`: those of
+    the time embedding too. `weight_search`, `activation_search`: how ranges are found, of `cachequant.quant.affine`.
     `weight_symmetric`: weight grids around zero; the paper's are not, which costs the GPU's kernels a sum per activation.
     """
 
@@ -117,7 +124,8 @@ class CalibrationConfig:
     `dps_samples` of them, in whole batches, measure the distances of the schedule; stages 2 and 5 draw `dec_samples` fresh
     ones; None is as many as `samples`. The network sees `batch_size` samples at once, also in free-running fits, where all
     samples advance together; only `correction.layers=all` takes them in one batch, since every layer's fit must be in use
-    before the next layer. `prompts`: the calibration's, disjoint from the sampler's; None takes those.
+    before the next layer. `prompts`: the calibration's, disjoint from the sampler's; None takes those. `seed`: of the first
+    trajectory.
     """
 
     samples: int = 16
@@ -132,7 +140,7 @@ class CalibrationConfig:
 
 @dataclass
 class SampleConfig:
-    """Stage 6: how many images, in batches of what size, from which first seed."""
+    """Stage 6: `count` images, `batch_size` at once, the first from the noise of `seed`, each from the next."""
 
     count: int = 16
     batch_size: int = 16
@@ -141,7 +149,11 @@ class SampleConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`."""
+    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`.
+
+    `method`: name of a file in configs/method, or the path of a YAML, whose keys lie under those of the model's file.
+    `output`: folder of run folders. `device`: auto, cpu, cuda or cuda:N.
+    """
 
     method: str = "best"
     output: str = "runs"
@@ -267,6 +279,13 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     extra = _parse_overrides(overrides)
     _reject_unknown(extra, "--set")
     return config_from_dict(config_to_dict(config), extra)
+
+
+def allowed_values(key: str) -> str:
+    """What a key such as "cache.interval" accepts beside its type, in words; empty where anything of the type does."""
+    if key in _CHOICES:
+        return ", ".join(str(choice) or '""' for choice in _CHOICES[key])
+    return " to ".join(f"{end:,}" for end in _RANGES[key]) if key in _RANGES else ""
 
 
 def validate(config: RunConfig) -> None:

@@ -26,6 +26,19 @@ from cachequant.storage import (
 from cachequant.types import Correction, QuantState, Remainder, Schedule
 
 SCHEMA = 3
+RECORD = {
+    "schema": "version of this format; others are refused",
+    "config": "the resolved configuration that made the plan (configuration.md)",
+    "identity": "what the plan fits to",
+    "timesteps": "training timestep of every evaluation, in sampling order",
+    "schedule": "which evaluations run the whole network",
+    "quantised": "whether quant.safetensors holds layers",
+    "recipe": "classes and configurations of the denoiser, the scheduler and the pipeline, or null; for loading from the plan",
+    "provenance": "versions, seed, keys of the stages' outputs, measured seconds, layers that read the cached feature",
+    "files": "sha256 of every tensor file",
+    "checksum": "sha256 of all other keys as canonical JSON (sorted keys, no spaces)",
+}
+"""Keys of plan.json and their meaning."""
 TENSOR_FILES = ("correction.safetensors", "quant.safetensors", "remainder.safetensors")
 
 

@@ -91,7 +91,7 @@ class Interruption:
 
     def interrupt(self, seed: int, folder: Path) -> tuple[Ending, str | None, str]:
         """Ctrl-C at a random moment."""
-        moment = random.Random(f"interrupt {seed}").uniform(0, 0.95 * self.seconds)
+        moment = random.Random(f"interrupt {seed}").uniform(0.05, 0.95 * self.seconds)
         ending = run(lambda: main(command(self.model)), folder, [folder / "out"], seconds=moment)
         return self._check_rest(folder, ending, f"Ctrl-C after {moment:.2f} s")
 

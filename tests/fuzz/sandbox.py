@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 MEMORY = 3 << 30
 """Bytes that an action may map beside what its parent has."""
@@ -59,28 +59,45 @@ class Ending:
 
 def fork(action: Callable[[], int], prepare: Callable[[], None] = lambda: None, log: Path | None = None) -> int:
     """Start an action in a copy of this process: its id. Its output goes to `log`.out and `log`.err, default nowhere."""
-    with warnings.catch_warnings():  # newer Pythons warn of threads, of which the parent has none at work
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
-    if process:
-        return process
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # an early Ctrl-C waits until the copy is ready for it
+    try:
+        with warnings.catch_warnings():  # newer Pythons warn of threads, of which the parent has none at work
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
+        if process:
+            return process
+        _be_child(action, prepare, log)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _be_child(action: Callable[[], int], prepare: Callable[[], None], log: Path | None) -> NoReturn:
+    """Run an action and end this process, whatever happens: nothing of the parent's may go on in it."""
     status = 70
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, name in ((1, ".out"), (2, ".err")):
             path = os.devnull if log is None else f"{log}{name}"
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         prepare()
-        status = action()
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = _status(action)
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
         os._exit(status)
+
+
+def _status(action: Callable[[], int]) -> int:
+    """Exit status of an action, with a traceback of what it raises."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return action()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 70
 
 
 def wait(process: int, seconds: float) -> int | None:

@@ -23,10 +23,10 @@ PATH_KEYS = (
 )  # fmt: skip
 LINES = (
     "x: !!python/object/apply:os.system ['touch escape']", "x: !!python/name:os.system", "x: ${oc.env:HOME}", "x: ${..}",
-    "output: ${output}", "model: *nowhere", "cache: &a [*a]", "sampler: ???", "\tx: 1", "\0", "{", "- 1", ": :",
-    "!!binary x",     "method: ${oc.decode:${oc.env:PATH}}", "? [a]\n: b", "<<: {cache: {interval: 3}}", "%YAML 9.9\n---", "--- 1\n--- 2",
-    "model: ${oc.create:{path: /}}", "1: 2", "null: 3", "[a, b]: c", "cache: {interval: 2, interval: 3}", "\ufeffx: 1",
-    "[" * 5000, "x: " + "{a: " * 5000, f"sampler: {'9' * 5000}",
+    "output: ${output}", "model: *nowhere", "cache: &a [*a]", "sampler: ???", "\tx: 1", "\0", "{", "- 1", ": :", "1: 2",
+    "!!binary x", "method: ${oc.decode:${oc.env:PATH}}", "? [a]\n: b", "<<: {cache: {interval: 3}}", "%YAML 9.9\n---",
+    "--- 1\n--- 2", "model: ${oc.create:{path: /}}", "null: 3", "[a, b]: c", "cache: {interval: 2, interval: 3}",
+    "\ufeffx: 1", "[" * 5000, "x: " + "{a: " * 5000, f"sampler: {'9' * 5000}",
 )  # fmt: skip
 BUDGET = 40_000
 """Evaluations that fit into the time limit; whoever asks for more may be asked to stop."""
