@@ -33,7 +33,7 @@ RECORD = {
     "timesteps": "training timestep of every evaluation, in sampling order",
     "schedule": "which evaluations run the whole network",
     "quantised": "whether quant.safetensors holds layers",
-    "recipe": "classes and configurations of the denoiser, the scheduler and the pipeline, or null; for loading from the plan",
+    "recipe": "for loading from the plan: classes and configurations of denoiser, scheduler and pipeline, or null",
     "provenance": "versions, seed, keys of the stages' outputs, measured seconds, layers that read the cached feature",
     "files": "sha256 of every tensor file",
     "checksum": "sha256 of all other keys as canonical JSON (sorted keys, no spaces)",
