@@ -37,12 +37,16 @@ def make_folder(folder: Path) -> Path:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
 
+    A device or a pipe (/dev/stdout) is written to as it is: a file would take its place.
+
     Raises:
         UserError: the folder is not writable or the disk is full; `path` is as it was.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if str(path.parent) in ("/dev", "/dev/fd") or (path.exists() and not path.is_file() and not path.is_dir()):
+            return write(path)
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())

@@ -17,28 +17,19 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hostile model path that reads like a hub id must not be looked for
 
-import torch
 from tqdm import tqdm
 
-from cachequant.kernels.backend import choose_backend
 from tests.fuzz import plans, yamls
 from tests.fuzz.interruptions import Interruption
+from tests.fuzz.ready import ready_model
 from tests.fuzz.sandbox import Ending
-from tests.toys import save_toy
 
 Check = Callable[[int, Path], tuple[Ending, str | None, str]]
 
 
 def warm_up(root: Path) -> tuple[Path, list[Path]]:
-    """Import and build in this process what every case needs: the toy model and the plans that are mutated."""
-    import matplotlib.pyplot  # noqa: F401
-
-    import cachequant.pipeline.report
-    import cachequant.pipeline.sampling  # noqa: F401
-
-    torch.set_num_threads(1)
-    choose_backend("auto", torch.device("cpu"))
-    model = save_toy("pixels", root / "model")
+    """The toy model, and the plans that are mutated."""
+    model = ready_model(root)
     (root / "bases").mkdir()
     return model, plans.make_bases(model, root / "bases")
 
@@ -72,7 +63,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="runs that kill -9 ends at a random moment")
     parser.add_argument("--interrupts", type=int, default=0, metavar="N", help="runs that Ctrl-C ends")
     parser.add_argument(
-        "--full-disks", type=int, default=0, metavar="N", help="runs that may write files of a few bytes only"
+        "--full-disks", type=int, default=0, metavar="N", help="runs without room, in each file and (as root) on disk"
     )
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first case, default 0")
     parser.add_argument("--keep", action="store_true", help="keep and print the folders")
@@ -89,7 +80,8 @@ def main() -> int:
         checks |= {
             "kills": (stop.kill, args.kills),
             "interrupts": (stop.interrupt, args.interrupts),
-            "full disks": (stop.fill_disk, args.full_disks),
+            "limited files": (stop.limit_files, args.full_disks),
+            "full disks": (stop.fill_disk, args.full_disks if os.geteuid() == 0 else 0),
         }
     failures = []
     for name, (check, count) in checks.items():

@@ -7,7 +7,9 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cachequant.cli import main
@@ -95,15 +97,32 @@ class Interruption:
         ending = run(lambda: main(command(self.model)), folder, [folder / "out"], seconds=moment)
         return self._check_rest(folder, ending, f"Ctrl-C after {moment:.2f} s")
 
-    def fill_disk(self, seed: int, folder: Path) -> tuple[Ending, str | None, str]:
-        """No file may grow beyond a random size, as on a full disk; what the run says fits."""
-        size = int(10 ** random.Random(f"disk {seed}").uniform(3.3, 5))
+    def limit_files(self, seed: int, folder: Path) -> tuple[Ending, str | None, str]:
+        """No file may grow beyond a random size; what the run says fits."""
+        size = int(10 ** random.Random(f"files {seed}").uniform(3.3, 5))
 
         def limit() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does when it starts
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
+        return self._without_room(folder, limit, f"files of at most {size} bytes", lambda: None)
+
+    def fill_disk(self, seed: int, folder: Path) -> tuple[Ending, str | None, str]:
+        """A file system of a random size, which is later made larger; only root may mount one."""
+        size, out = int(10 ** random.Random(f"disk {seed}").uniform(0.9, 2.7)), str(folder / "out")
+        os.mkdir(out)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", out], check=True)
+        try:
+            grow = ["mount", "-o", "remount,size=64m", out]
+            return self._without_room(folder, lambda: None, f"{size} kB", lambda: subprocess.run(grow, check=True))
+        finally:
+            subprocess.run(["umount", out], check=True)
+
+    def _without_room(
+        self, folder: Path, limit: Callable[[], None], said: str, make_room: Callable[[], object]
+    ) -> tuple[Ending, str | None, str]:
         ending = run(lambda: main(command(self.model)), folder, [folder / "out"], seconds=120, prepare=limit)
         left = [path.name for path in folder.rglob("*.tmp")]
-        ended, problem, said = self._check_rest(folder, ending, f"files of at most {size} bytes")
+        make_room()
+        ended, problem, said = self._check_rest(folder, ending, said)
         return ended, problem or (f"left {left[0]}" if left else None), said

@@ -20,7 +20,11 @@ MEMORY = 3 << 30
 SECONDS, GRACE = 60.0, 15.0
 """How long an action may take before it is asked to stop (Ctrl-C), and how long it may take to do so before it is killed."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree"}
+_CHANGES = {
+    "os.mkdir": {0: 2}, "os.rename": {0: 2, 1: 3}, "os.remove": {0: 1}, "os.rmdir": {0: 1}, "os.symlink": {1: 2},
+    "os.link": {1: 3}, "os.truncate": {0: None}, "shutil.rmtree": {0: 1},
+}  # fmt: skip
+"""Audit event -> {place of a path that it changes among its arguments: that of the folder it is relative to}."""
 _PROGRAMS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"}
 
 
@@ -167,6 +171,14 @@ def _mapped() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def _from_folder(arguments: tuple[Any, ...], path: int, folder: int | None) -> Any:
+    """The path among an audit event's arguments, put behind the folder that it is relative to."""
+    descriptor = -1 if folder is None or len(arguments) <= folder else arguments[folder]
+    if descriptor is None or descriptor < 0:
+        return arguments[path]
+    return os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), os.fsdecode(arguments[path]))
+
+
 def _watch_writes(log: int, allowed: Sequence[Path]) -> None:
     """Note every path outside of `allowed` that is opened for writing or changed, and every program that is started."""
     roots = tuple(os.path.realpath(path) + os.sep for path in allowed)
@@ -184,7 +196,8 @@ def _watch_writes(log: int, allowed: Sequence[Path]) -> None:
             path, _, flags = arguments
             touched = [path] if flags and flags & _WRITES and not is_allowed(path) else []
         elif event in _CHANGES:
-            touched = [path for path in arguments[:2] if isinstance(path, str | bytes) and not is_allowed(path)]
+            paths = [_from_folder(arguments, *places) for places in _CHANGES[event].items()]
+            touched = [path for path in paths if not is_allowed(path)]
         else:
             return
         for path in touched:
