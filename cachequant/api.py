@@ -78,13 +78,13 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
     cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
     network = _install(structure, plan, cache, chosen)
-    step = accelerated_step(with_graphs(structure, cache, network), cache, plan.correction)
 
     def check(call: Call) -> None:
         _check_guidance(pipe, plan, structure, call)
 
-    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
     try:
+        step = accelerated_step(with_graphs(structure, cache, network), cache, plan.correction)
+        hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
         hook.install()
     except BaseException:
         _uninstall(structure, network)

@@ -207,6 +207,18 @@ def test_a_value_out_of_range_is_refused_with_its_key_and_what_was_expected(
     assert override.split("=")[0] in str(caught.value) and expected in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["../escape", "/etc", "a/b", "..", ".", "a/"])
+def test_a_models_name_is_a_folder_of_the_output_and_nowhere_else(model: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.name is .* expected the name of a folder in runs"):
+        load_config(model, [f"model.name={name}"])
+
+
+def test_values_nested_beyond_reason_are_one_line(tmp_path: Path) -> None:
+    for text in ("a: " + "[" * 5000, "sampler: " + "{a: " * 2000, "model: " + "[" * 100 + "1" + "]" * 100):
+        with pytest.raises(UserError):
+            load_config(write(tmp_path, text))
+
+
 @pytest.mark.parametrize(
     ("key", "ends"),
     [
