@@ -224,11 +224,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     extra = _parse_overrides(overrides or [])
     base = read_yaml(repository_folder() / "configs" / "_base.yaml")
     try:
+        _reject_unknown(own, path.name)
+        _reject_unknown(extra, "--set")
         method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
         method_yaml = read_yaml(method_path(str(method)))
-        _reject_unknown(own, path.name)
         _reject_unknown(method_yaml, f"method {method}")
-        _reject_unknown(extra, "--set")
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
         resolved = OmegaConf.to_object(config)
     except (OmegaConfBaseException, RecursionError) as error:

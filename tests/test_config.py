@@ -164,6 +164,8 @@ def test_a_key_that_resembles_nothing_lists_what_there_is(model: Path) -> None:
         "cache=null",
         "schedule=[dps]",
         "cache.interval.more=1",
+        "calibration=[]",
+        "calibration=3",
     ],
 )
 def test_a_wrong_type_is_refused(model: Path, override: str) -> None:
@@ -378,3 +380,9 @@ def test_loading_does_not_touch_what_was_loaded_before(model: Path) -> None:
     second = load_config(model, ["cache.interval=3"])
     assert first.cache.interval == 5 and second.cache.interval == 3
     assert RunConfig() == RunConfig()
+
+
+@pytest.mark.parametrize("value", ["[]", "3", "null", "text"])
+def test_a_section_that_is_none_is_refused_where_the_base_has_one_too(tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match=r"model\.yaml: calibration is .* expected a section of keys"):
+        load_config(write(tmp_path, f"calibration: {value}\n"))

@@ -86,12 +86,12 @@ def is_long(path: Path) -> bool:
 
 
 def output_of(path: Path, folder: Path) -> Path | None:
-    """The output folder that a valid configuration names inside of `folder`, if it names one there."""
+    """The folder inside of `folder` that holds the output folder of a valid configuration, or is it, if there is one."""
     try:
-        output = (folder / load_config(path).output).resolve()
+        output, root = (folder / load_config(path).output).resolve(), folder.resolve()
     except Exception:  # it is not valid: nothing should be written at all
         return None
-    return output if output != folder.resolve() and output.is_relative_to(folder.resolve()) else None
+    return root / output.relative_to(root).parts[0] if output != root and output.is_relative_to(root) else None
 
 
 def check(seed: int, model: Path, folder: Path) -> tuple[Ending, str | None, str]:
