@@ -18,10 +18,9 @@ from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
 from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphs import with_graphs
+from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
-from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
 from cachequant.quant.convert import QuantizedNetwork
 from cachequant.quant.deploy import Deployment, attach
@@ -83,7 +82,7 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
         _check_guidance(pipe, plan, structure, call)
 
     try:
-        step = accelerated_step(with_graphs(structure, cache, network), cache, plan.correction)
+        step = deployed_step(structure, cache, plan.correction, network)
         hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
         hook.install()
     except BaseException:
@@ -181,7 +180,7 @@ def _install(
     """Swap the plan's layers in; all are checked before the first is touched."""
     if plan.quant is None:
         return None
-    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend)
+    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())
     structure.rebuild()
     return network
 

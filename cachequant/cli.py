@@ -111,18 +111,18 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "ways to run a model side by side: whole sampling runs, interleaved, medians", _bench
     )
     bench.add_argument("config", type=Path, help="YAML, such as configs/cifar10.yaml")
-    modes = "fp32,int8,cache,cachequant"
-    bench.add_argument(
-        "--modes", default=modes, help=f"of fp32,compile,openvino,int8,cache,cachequant; default {modes}"
-    )
-    bench.add_argument("--rounds", type=int, default=3, help="runs of each mode, default 3")
+    bench.add_argument("--modes", metavar="A,B", help=(
+        "CPU: fp32,int8,cache,cachequant (the default),compile,openvino; GPU: fp32,fp32-tf32,fp16,fp16-graph,fp16-compile,"
+        "fp16-compile-cache,deepcache,cache-dit,torchao,int8,cachequant (default: all)"))  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=3, help="timed runs of each mode, default 3")
     bench.add_argument("--batch", type=int, help="images at once, default sample.batch_size")
     bench.add_argument(
-        "--random-weights", action="store_true", help="the architecture of model.family with random weights"
+        "--random-weights", action="store_true", help="random weights in the architecture of model.family"
     )
+    bench.add_argument("--pipeline", action="store_true", help="GPU: time text encoder and decoder too")
     bench.epilog = (
-        "Threads are those of OMP_NUM_THREADS. --json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], "
-        "batch, machine, threads, versions, …}; milliseconds per evaluation and batch"
+        "--json: {rows: [{mode, ms_per_step, ms_full_step, ms_cached_step}], batch, …}, milliseconds per evaluation; on a "
+        "GPU also {images_per_second, weight_bytes, peak_bytes, …} or {error}, written after every mode"
     )
 
 
@@ -165,8 +165,9 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("images", type=Path, help="folder of PNG/JPG or shards, .safetensors, or .npz")
     command.add_argument("--ref", type=Path, help=".npz batch or statistics, any image set, or fashion-mnist")
     command.add_argument("--metrics", default="fid,sfid,is,precision,recall", metavar="A,B", help=(
-        "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips, frechet_fashion_cnn"))  # fmt: skip
-    command.add_argument("--prompts", metavar="FILE", help="text of each image, one a line, for clip")
+        "of fid, sfid, is, precision, recall, clip, psnr, ssim, lpips; of the miniatures frechet_NET and distance_NET "
+        "with NET fashion_cnn or drawings_clip, and retrieval"))  # fmt: skip
+    command.add_argument("--prompts", metavar="FILE", help="text of each image, one a line, for clip and retrieval")
     command.add_argument("--resize", type=int, metavar="N", help="cut square and resize; 300 for Stable Diffusion")
     command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the networks' weights")
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
@@ -249,20 +250,31 @@ def _run(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from cachequant.config import load_config
-    from cachequant.models.loading import load_pipeline
-    from cachequant.pipeline.bench import format_bench, run_bench
+    from cachequant.models.loading import load_pipeline, torch_device
     from cachequant.pipeline.context import Context
 
     config = load_config(args.config, [*args.set, *([f"sample.batch_size={args.batch}"] if args.batch else [])])
+    device = torch_device(config.device if args.device == "auto" else args.device)
     if args.random_weights:
         from cachequant.models.architectures import random_pipeline
 
-        pipe = random_pipeline(config.model.family)
+        pipe = random_pipeline(config.model.family, device=device, whole=args.pipeline)
         config.sampler.prompts = config.calibration.prompts = None
+        config.model.name += " with random weights"
     else:
-        pipe = load_pipeline(config.model, config.device if args.device == "auto" else args.device)
-    result = run_bench(Context.of(pipe, config), tuple(args.modes.split(",")), args.rounds)
-    result["model"] += " with random weights" if args.random_weights else ""
+        pipe = load_pipeline(config.model, str(device))
+    context, modes = Context.of(pipe, config), tuple(args.modes.split(",")) if args.modes else None
+    if device.type == "cuda":
+        from cachequant.pipeline.bench_cuda import format_ratios, run_bench_cuda
+
+        command = {"command": " ".join(["cachequant", *sys.argv[1:]])}
+        result = run_bench_cuda(context, modes, args.rounds, args.pipeline, lambda r: _report_json(args, command | r))
+        return print(format_ratios(result))
+    if args.pipeline:
+        raise UserError("--pipeline without a GPU, expected --device cuda on a machine with one: leave it out")
+    from cachequant.pipeline.bench import format_bench, run_bench
+
+    result = run_bench(context, modes or ("fp32", "int8", "cache", "cachequant"), args.rounds)
     print(format_bench(result))
     _report_json(args, result)
 

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from cachequant.assets import assets_folder
 from cachequant.errors import UserError
+from cachequant.evaluation.frechet import FeatureStatistics, Gaussian
+from cachequant.storage import load_tensors, save_tensors
 
 FEATURE_CHANNELS = 128
+TEST_STATISTICS = "test_statistics.safetensors"
 
 
 class FashionCNN(nn.Module):
@@ -69,3 +72,21 @@ def extract_features(
     """
     network = network.to(device).eval()
     return torch.cat([network.features(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+
+
+def save_test_statistics(folder: Path, images: Tensor) -> None:
+    """Write mean and covariance of the features of Fashion-MNIST's test images [N, 1, 32, 32] beside the network."""
+    statistics = FeatureStatistics(FEATURE_CHANNELS)
+    statistics.update(extract_features(load_feature_network(folder / "model.safetensors"), images))
+    mean, covariance = statistics.gaussian
+    save_tensors(folder / TEST_STATISTICS, {"mean": mean, "covariance": covariance})
+
+
+def fashion_statistics(folder: Path | None = None) -> Gaussian:
+    """What `save_test_statistics` wrote, so that the distance to the test images does not need them.
+
+    Raises:
+        UserError: the file is absent or damaged.
+    """
+    tensors = load_tensors((folder or assets_folder() / "fashion-cnn") / TEST_STATISTICS)
+    return tensors["mean"], tensors["covariance"]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.errors import UserError
-from cachequant.evaluation.features import FEATURE_CHANNELS, FashionCNN
 from cachequant.evaluation.frechet import FeatureStatistics, Gaussian, ScoreSums
 from cachequant.evaluation.images import ImageSet
 from cachequant.evaluation.inception import CLASSES, POOL, SPATIAL, Inception
-from cachequant.evaluation.paired import psnr, ssim
+from cachequant.evaluation.judges import DrawingFeatures, FeatureNetwork
+from cachequant.evaluation.paired import feature_distance, psnr, ssim
 from cachequant.evaluation.perceptual import ClipScore, Lpips
 
 EQUAL_PSNR = 100.0
@@ -87,26 +87,16 @@ class InceptionMeasure(Measure):
         return [part for part in (self.pool, self.spatial, self.score) if part is not None]
 
 
-class FashionMeasure(Measure):
-    """Statistics of the miniature classifier's features, for its own Fréchet distance."""
+class FrechetMeasure(Measure):
+    """Statistics of a judge's features, for its Fréchet distance, which is not FID."""
 
-    def __init__(self, network: FashionCNN) -> None:
+    def __init__(self, network: FeatureNetwork) -> None:
         super().__init__()
-        self.network, self.statistics = network, FeatureStatistics(FEATURE_CHANNELS)
+        self.network, self.statistics = network, FeatureStatistics(network.channels)
 
     def update(self, start: int, images: Tensor) -> None:
-        """Grey images of 32 × 32.
-
-        Raises:
-            UserError: other images, which this network was not made for.
-        """
-        grey = images[:, :1]
-        if tuple(images.shape[2:]) != (32, 32) or not torch.equal(images, grey.expand_as(images)):
-            raise UserError(
-                f"frechet_fashion_cnn is for grey images of 32 × 32, these are {images.shape[3]} × {images.shape[2]} or in "
-                "colour: choose fid"
-            )
-        self.statistics.update(self.network.features(grey.float() / 127.5 - 1))
+        """One pass of the network; raises UserError for images that it was not made for."""
+        self.statistics.update(self.network(images.float() / 255))
 
     def state(self) -> list[Tensor]:
         """Of the statistics."""
@@ -198,3 +188,41 @@ class ClipMeasure(MeanMeasure):
     def update(self, start: int, images: Tensor) -> None:
         """Score a batch."""
         self.add([self.network(images, self.prompts[start : start + len(images)])])
+
+
+class DistanceMeasure(MeanMeasure):
+    """Distance of each image's features to those of the reference's image of the same number (the same noise).
+
+    Args:
+        name: of the metric.
+        network: whose features.
+        reference: as many images.
+    """
+
+    def __init__(self, name: str, network: FeatureNetwork, reference: ImageSet) -> None:
+        super().__init__([name])
+        self.network, self.reference = network, reference
+
+    def update(self, start: int, images: Tensor) -> None:
+        """Read the reference's images of the same numbers and compare."""
+        other = self.reference.read(start, start + len(images)).to(images.device)
+        self.add([feature_distance(*(self.network(x.float() / 255) for x in (images, other)))])
+
+
+class RetrievalMeasure(MeanMeasure):
+    """Share of images that find their own prompt first.
+
+    Args:
+        network: of the judge of drawings.
+        answers: the prompt of each image.
+        prompts: all that compete.
+    """
+
+    def __init__(self, network: DrawingFeatures, answers: Sequence[str], prompts: Sequence[str]) -> None:
+        super().__init__(["retrieval"])
+        self.network, self.answers, self.prompts = network, answers, list(dict.fromkeys(prompts))
+
+    def update(self, start: int, images: Tensor) -> None:
+        """Look a batch up."""
+        own = list(self.answers[start : start + len(images)])
+        self.add([self.network.found(images.float() / 255, own, self.prompts)])

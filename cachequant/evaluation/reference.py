@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cachequant.errors import UserError
 from cachequant.evaluation.fashion_mnist import load_fashion_mnist, to_model_range
+from cachequant.evaluation.features import fashion_statistics
 from cachequant.evaluation.frechet import Gaussian
 from cachequant.evaluation.images import ImageSet, open_images
 from cachequant.evaluation.inception import POOL, SPATIAL
@@ -27,7 +29,7 @@ class Reference:
 
     Attributes:
         images: its images, if it has any.
-        gaussians: "fid" and "sfid" -> mean [C] and covariance [C, C] that the file brings along.
+        gaussians: metric -> mean [C] and covariance [C, C] that the reference brings along.
     """
 
     images: ImageSet | None
@@ -51,21 +53,20 @@ def _statistics(path: Path) -> tuple[set[str], dict[str, Gaussian]]:
     return names, found
 
 
-@dataclass
-class HeldImages:
-    """Images in memory: [n, 3, H, W] uint8."""
+class FashionImages:
+    """Fashion-MNIST's test images, read when they are asked for."""
 
-    tensor: Tensor
+    count = 10_000
     first_seed: int | None = None
 
-    @property
-    def count(self) -> int:
-        """How many."""
-        return len(self.tensor)
+    @cached_property
+    def _images(self) -> Tensor:
+        grey = to_uint8(to_model_range(load_fashion_mnist("test")[0]) / 2 + 0.5)  # [10000, 1, 32, 32]
+        return grey.expand(-1, 3, -1, -1)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[n, 3, H, W] uint8."""
-        return self.tensor[start:stop]
+        """[n, 3, 32, 32] uint8."""
+        return self._images[start:stop]
 
 
 def open_reference(path: Path, resize: int | None = None) -> Reference:
@@ -75,8 +76,7 @@ def open_reference(path: Path, resize: int | None = None) -> Reference:
         UserError: none of these, or statistics of other features than Inception's.
     """
     if str(path) == FASHION:
-        images = to_uint8(to_model_range(load_fashion_mnist("test")[0]) / 2 + 0.5)  # [10000, 1, 32, 32]
-        return Reference(HeldImages(images.expand(-1, 3, -1, -1)))
+        return Reference(FashionImages(), {"frechet_fashion_cnn": fashion_statistics()})
     if path.suffix != ".npz" or not path.is_file():
         return Reference(open_images(path, resize))
     names, found = _statistics(path)

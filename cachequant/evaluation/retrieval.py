@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cachequant.assets import assets_folder
 from cachequant.errors import UserError
+from cachequant.models.hub import quiet
 
 
 def load_judge(folder: Path | None = None) -> tuple[Any, Any]:
@@ -29,8 +30,9 @@ def load_judge(folder: Path | None = None) -> tuple[Any, Any]:
         raise UserError(
             f"no network in {folder}; expected CLIP-style weights: run scripts/train/train_drawings_clip.py"
         )
-    network = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    return network, CLIPTokenizer.from_pretrained(folder)
+    with quiet():
+        network = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        return network, CLIPTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()

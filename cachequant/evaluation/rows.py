@@ -91,10 +91,15 @@ COLUMNS = (
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as aligned plain text of about 80 columns: two lines of heading, a rule, a line per row."""
     full = full_row(rows)
-    lines = [["", *(c.title[0] for c in COLUMNS)], ["row", *(c.title[1] for c in COLUMNS)]]
-    lines += [[row.name, *(c.text(row, full) for c in COLUMNS)] for row in rows]
+    head = [["", *(c.title[0] for c in COLUMNS)], ["row", *(c.title[1] for c in COLUMNS)]]
+    return aligned(head, [[row.name, *(c.text(row, full) for c in COLUMNS)] for row in rows])
+
+
+def aligned(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]]) -> str:
+    """Plain text of lines of heading, a rule and a body, each a cell a column; the first column stands on the left."""
+    lines = [*head, *body]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(2, ["─" * width for width in widths])
+    lines.insert(len(head), ["─" * width for width in widths])
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
 

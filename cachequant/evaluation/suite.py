@@ -9,26 +9,30 @@ from pathlib import Path
 import torch
 
 from cachequant.errors import UserError
-from cachequant.evaluation.features import load_feature_network
 from cachequant.evaluation.frechet import frechet_distance
 from cachequant.evaluation.images import ImageSet, open_images
 from cachequant.evaluation.inception import Inception
+from cachequant.evaluation.judges import NETWORKS, DrawingFeatures, FeatureNetwork
 from cachequant.evaluation.manifold import precision_recall
 from cachequant.evaluation.measures import (
     ClipMeasure,
-    FashionMeasure,
+    DistanceMeasure,
+    FrechetMeasure,
     InceptionMeasure,
     Measure,
     PairedMeasure,
+    RetrievalMeasure,
 )
 from cachequant.evaluation.perceptual import ClipScore, Lpips
 from cachequant.evaluation.reference import Reference, open_reference
 
 INCEPTION = ("fid", "sfid", "is", "precision", "recall")
 PAIRED = ("psnr", "ssim", "lpips")
-FASHION = "frechet_fashion_cnn"
-METRICS = (*INCEPTION, "clip", *PAIRED, FASHION)
-NEEDS_REFERENCE = {"fid", "sfid", "precision", "recall", *PAIRED, FASHION}
+JUDGED = tuple(f"{kind}_{name}" for name in NETWORKS for kind in ("frechet", "distance"))
+"""Fréchet distance of two sets, and mean distance of pairs, over a miniature's judge."""
+METRICS = (*INCEPTION, "clip", *PAIRED, *JUDGED, "retrieval")
+NEEDS_REFERENCE = {"fid", "sfid", "precision", "recall", *PAIRED, *JUDGED}
+NEEDS_PROMPTS = {"clip", "retrieval"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Request:
         images: what is judged (`open_images`).
         metrics: of `METRICS`.
         reference: what it is compared with (`open_reference`); in the paired metrics image by image.
-        prompts: the text of each image, for clip; for shards all prompts that they were drawn from.
+        prompts: the text of each image, for clip and retrieval; for shards all prompts that they were drawn from.
         weights: folder of the networks' weights, else the libraries' caches.
         resize: pixels to cut and resize images and reference to before all metrics but clip.
     """
@@ -60,8 +64,9 @@ class Request:
         lacking = [name for name in self.metrics if name in NEEDS_REFERENCE]
         if lacking and self.reference is None:
             raise UserError(f"{lacking[0]} compares with a reference and there is none: give --ref")
-        if "clip" in self.metrics and not self.prompts:
-            raise UserError("clip needs the text of each image: give --prompts FILE with one a line")
+        texts = [name for name in self.metrics if name in NEEDS_PROMPTS]
+        if texts and not self.prompts:
+            raise UserError(f"{texts[0]} needs the text of each image: give --prompts FILE with one a line")
 
 
 Device = torch.device | str
@@ -106,8 +111,10 @@ class Suite:
         if asked & set(PAIRED):
             network_of_pairs = Lpips.load(request.weights) if "lpips" in asked else None
             parts.append(_paired_part([n for n in PAIRED if n in asked], images, reference, network_of_pairs))
-        if FASHION in asked:
-            parts.append(_fashion_part(images, reference))
+        for name in NETWORKS:
+            parts += _judge_parts(name, asked, images, reference)
+        if "retrieval" in asked:
+            parts.append(_retrieval_part(open_images(request.images), request.prompts))
         if "clip" in asked:
             parts.append(_clip_part(open_images(request.images), request.prompts, ClipScore.load(request.weights)))
         return Suite(request, tuple(parts))
@@ -154,25 +161,42 @@ def _inception_part(wanted: set[str], images: ImageSet, reference: Reference, ne
 
 def _paired_part(names: Sequence[str], images: ImageSet, reference: Reference, network: Lpips | None) -> Part:
     """PSNR, SSIM, LPIPS."""
-    source = _images_of(reference, names[0])
-    if source.count != images.count:
-        raise UserError(
-            f"{names[0]} compares image by image, but there are {images.count} images and {source.count} in --ref: "
-            "give the reference's images of the same seeds"
-        )
-    measure = PairedMeasure(names, source, network)
+    measure = PairedMeasure(names, _pairs_of(images, reference, names[0]), network)
     return Part(((images, measure),), lambda _: measure.means())
 
 
-def _fashion_part(images: ImageSet, reference: Reference) -> Part:
-    """The Fréchet distance over the miniature's own classifier, which is not FID."""
-    network, source = load_feature_network(), _images_of(reference, FASHION)
-    mine, theirs = FashionMeasure(network), FashionMeasure(network)
+def _judge_parts(name: str, asked: set[str], images: ImageSet, reference: Reference) -> list[Part]:
+    """What is asked for of a miniature's judge."""
+    frechet, distance = (f"{kind}_{name}" for kind in ("frechet", "distance"))
+    if not asked & {frechet, distance}:
+        return []
+    network, parts = NETWORKS[name](), []
+    if frechet in asked:
+        parts.append(_frechet_part(frechet, network, images, reference))
+    if distance in asked:
+        measure = DistanceMeasure(distance, network, _pairs_of(images, reference, distance))
+        parts.append(Part(((images, measure),), lambda _: measure.means()))
+    return parts
+
+
+def _frechet_part(name: str, network: FeatureNetwork, images: ImageSet, reference: Reference) -> Part:
+    """The distance; the reference's images are seen only where it does not bring their statistics along."""
+    mine, theirs = FrechetMeasure(network), FrechetMeasure(network)
+    passes: list[tuple[ImageSet, Measure]] = [(images, mine)]
+    if name not in reference.gaussians:
+        passes.append((_images_of(reference, name), theirs))
 
     def results(_: Device) -> dict[str, float]:
-        return {FASHION: frechet_distance(*mine.statistics.gaussian, *theirs.statistics.gaussian)}
+        other = reference.gaussians.get(name) or theirs.statistics.gaussian
+        return {name: frechet_distance(*mine.statistics.gaussian, *other)}
 
-    return Part(((images, mine), (source, theirs)), results)
+    return Part(tuple(passes), results)
+
+
+def _retrieval_part(images: ImageSet, prompts: tuple[str, ...]) -> Part:
+    """Whether images find their prompts, at the size they have."""
+    measure = RetrievalMeasure(DrawingFeatures(), _texts(images, prompts), prompts)
+    return Part(((images, measure),), lambda _: measure.means())
 
 
 def _clip_part(images: ImageSet, prompts: tuple[str, ...], network: ClipScore) -> Part:
@@ -185,6 +209,17 @@ def _images_of(reference: Reference, metric: str) -> ImageSet:
     if reference.images is None:
         raise UserError(f"{metric} needs images of the reference, but --ref holds statistics only: give one with arr_0")
     return reference.images
+
+
+def _pairs_of(images: ImageSet, reference: Reference, metric: str) -> ImageSet:
+    """The reference's images, as many as are judged."""
+    source = _images_of(reference, metric)
+    if source.count != images.count:
+        raise UserError(
+            f"{metric} compares image by image, but there are {images.count} images and {source.count} in --ref: "
+            "give the reference's images of the same seeds"
+        )
+    return source
 
 
 def _texts(images: ImageSet, prompts: tuple[str, ...]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from cachequant.errors import UserError
 from cachequant.types import AffineMap
+
+FullStep = Callable[..., tuple[Tensor, Tensor]]
+"""`Adapter.full`'s signature and result."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,23 @@ class Consumer:
     straddling_groups: int = 0
 
 
+class Tap:
+    """Hands one tensor from a hook to the code behind it; torch.compile follows it without a guard on its content."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def put(self, tensor: Tensor) -> None:
+        """Called by the hook."""
+        self._held = tensor
+
+    def take(self) -> Tensor:
+        """What was put last; it is let go of."""
+        held, self._held = self._held, None
+        assert held is not None, "the layer that is tapped did not run"
+        return held
+
+
 class Adapter(Protocol):
     """What the method asks of a model; implemented once per kind of network."""
 
@@ -42,6 +63,10 @@ class Adapter(Protocol):
 
     def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run the whole network: (output [B, C, H, W], cached feature with `width` channels at `channel_dim`)."""
+        ...
+
+    def tapped(self) -> AbstractContextManager[FullStep]:
+        """Inside, a function that does what `full` does and can be compiled: nothing is installed at its calls."""
         ...
 
     def cached(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cachequant.cache.delta_dit import BLOCKS, block_list, checked_span, delta_view, outer_module_names
-from cachequant.models.adapter import Consumer
+from cachequant.models.adapter import Consumer, FullStep, Tap
 from cachequant.types import AffineMap
 
 
@@ -39,19 +40,28 @@ class DiTAdapter:
 
     def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Whole network, and the span's Δ beside it: ([B, C, H, W], [B, tokens, width])."""
-        hidden: list[Tensor] = []
+        with self.tapped() as run:
+            return run(x, timestep, cond, **kwargs)
+
+    @contextmanager
+    def tapped(self) -> Iterator[FullStep]:
+        """Inside, `full` with its taps around the span left in place between calls, as torch.compile needs it."""
+        before, behind = Tap(), Tap()
         blocks, (first, last) = block_list(self.denoiser), self.span
+
+        def run(x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            output = self._run(self.denoiser, x, timestep, cond, kwargs)
+            return output, behind.take() - before.take()
+
         handles = (
-            blocks[first].register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0])),
-            blocks[last].register_forward_hook(lambda _, __, output: hidden.append(output)),
+            blocks[first].register_forward_pre_hook(lambda _, inputs: before.put(inputs[0])),
+            blocks[last].register_forward_hook(lambda _, __, output: behind.put(output)),
         )
         try:
-            output = self._run(self.denoiser, x, timestep, cond, kwargs)
+            yield run
         finally:
             for handle in handles:
                 handle.remove()
-        before, behind = hidden
-        return output, behind - before
 
     def cached(
         self,

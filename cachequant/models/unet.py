@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cachequant.cache.deepcache import cache_site, decoder_concats, shallow_module_names, shallow_view
-from cachequant.models.adapter import Consumer
+from cachequant.models.adapter import Consumer, FullStep, Tap
 from cachequant.types import AffineMap
 
 
@@ -39,18 +41,26 @@ class UNetAdapter:
 
     def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Whole network and the tensor at the cache site: ([B, C, H, W], [B, width, h, w])."""
-        caught: list[Tensor] = []
+        with self.tapped() as run:
+            return run(x, timestep, cond, **kwargs)
+
+    @contextmanager
+    def tapped(self) -> Iterator[FullStep]:
+        """Inside, `full` with its tap at the cache site left in place between calls, as torch.compile needs it."""
+        tap = Tap()
 
         def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             h = inputs[0][0] if isinstance(inputs[0], tuple) else inputs[0][:, : self.width]  # fused blocks pass halves
-            caught.append(h.clone(memory_format=torch.preserve_format))
+            tap.put(h.clone(memory_format=torch.preserve_format))
+
+        def run(x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return self._run(self.denoiser, x, timestep, cond, kwargs), tap.take()
 
         handle = self.site.consumer.register_forward_pre_hook(catch)
         try:
-            output = self._run(self.denoiser, x, timestep, cond, kwargs)
+            yield run
         finally:
             handle.remove()
-        return output, caught[0]
 
     def cached(
         self,

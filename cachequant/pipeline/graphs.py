@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import Adapter
+from cachequant.quant.context import ContextOperands
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import AffineMap
 
@@ -46,25 +48,45 @@ class CudaRecorder:
         return replay
 
 
-def with_graphs(adapter: Adapter, cache: FeatureCache, network: object) -> Any:
-    """The adapter with captured steps if all of the plan's layers run on a GPU, else the adapter itself.
+def capturable(network: object) -> StepTables | None:
+    """The tables of a deployment whose layers all read their rows from them; None where some are simulated.
 
     Args:
-        adapter: of the network.
-        cache: tells the step.
         network: what `cachequant.quant.deploy.attach` returned, or None.
     """
-    tables = getattr(network, "tables", None)
-    if tables is None or tables.device.type != "cuda" or getattr(network, "simulation", None) is not None:
-        return adapter
-    return GraphedAdapter(adapter, cache, tables, CudaRecorder())
+    return None if getattr(network, "simulation", None) is not None else getattr(network, "tables", None)
+
+
+class Inputs:
+    """Tensors at fixed addresses that a graph reads.
+
+    Args:
+        like: name -> tensor of the shape and type.
+        device: where they are.
+    """
+
+    def __init__(self, like: dict[str, Tensor], device: torch.device) -> None:
+        self.fixed = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
+        self._loaded: dict[str, tuple[Tensor, int]] = {}
+
+    def load(self, tensors: dict[str, Tensor], anew: bool) -> None:
+        """Copy what is not there yet: another tensor, one that was written to, or, `anew`, everything."""
+        if anew:
+            self._loaded.clear()
+        for name, tensor in tensors.items():
+            version = -1 if tensor.is_inference() else tensor._version  # inference tensors do not count
+            known, then = self._loaded.get(name, (None, -1))
+            if known is not tensor or version != then or version == -1:
+                self.fixed[name].copy_(tensor, non_blocking=True)
+                self._loaded[name] = tensor, version
 
 
 class GraphedAdapter:
     """An adapter whose `full` and `cached` replay graphs; everything else is the wrapped adapter's.
 
-    Inputs are copied to fixed addresses, outputs are copied from them. A new shape, type or non-tensor argument is captured
-    anew. Deployed layers find the rows of their step through `tables`; layers that are simulated read Python numbers and
+    Inputs are copied to fixed addresses, once in a run if they are the same tensor at every step (the conditioning, a cached
+    feature), and outputs are copied from them. A new shape, type or non-tensor argument is captured anew. Deployed layers
+    find the rows of their step through `tables`; layers that are simulated read Python numbers and
     cannot be captured.
 
     Args:
@@ -72,13 +94,19 @@ class GraphedAdapter:
         cache: tells the step.
         tables: of the deployed layers, or None for a network without.
         record: makes a replay of a function; `CudaRecorder()` on a GPU.
+        context: keys and values of cross-attention that are computed outside the graphs, once a prompt.
     """
 
     def __init__(
-        self, adapter: Adapter, cache: FeatureCache, tables: StepTables | None, record: Callable[[Body], Replay]
+        self,
+        adapter: Adapter,
+        cache: FeatureCache,
+        tables: StepTables | None,
+        record: Callable[[Body], Replay],
+        context: ContextOperands | None = None,
     ) -> None:
-        self.adapter, self.cache, self.tables, self.record = adapter, cache, tables, record
-        self._graphs: dict[Any, tuple[dict[str, Tensor], Replay]] = {}
+        self.adapter, self.cache, self.tables, self.record, self.context = adapter, cache, tables, record, context
+        self._graphs: dict[Any, tuple[Inputs, Replay]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.adapter, name)
@@ -106,22 +134,24 @@ class GraphedAdapter:
     def _step(self, kind: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         """Fill the fixed inputs, select the step, replay."""
         device = arguments["x"].device
+        prompt = arguments.get("encoder_hidden_states")
+        if self.context is not None and isinstance(prompt, Tensor):
+            self.context.update(prompt.to(arguments["x"]) if prompt.dtype != arguments["x"].dtype else prompt)
         if not isinstance(arguments["timestep"], Tensor):
             arguments["timestep"] = torch.as_tensor(arguments["timestep"])
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in arguments.items() if name not in tensors}
         key = (kind, tuple((n, tuple(t.shape), t.dtype) for n, t in tensors.items()), repr(sorted(others.items())))
         if key not in self._graphs:
-            fixed = {name: torch.empty_like(t, device=device) for name, t in tensors.items()}
-            self._load(fixed, tensors)
-            self._graphs[key] = (fixed, self.record(lambda: self._body(kind, {**others, **fixed})))
-        fixed, replay = self._graphs[key]
-        self._load(fixed, tensors)
+            inputs = Inputs(tensors, device)
+            self._load(inputs, tensors)
+            self._graphs[key] = (inputs, self.record(lambda: self._body(kind, {**others, **inputs.fixed})))
+        inputs, replay = self._graphs[key]
+        self._load(inputs, tensors)
         return replay()
 
-    def _load(self, fixed: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            fixed[name].copy_(tensor, non_blocking=True)
+    def _load(self, inputs: Inputs, tensors: dict[str, Tensor]) -> None:
+        inputs.load(tensors, anew=not self.cache.features)
         if self.tables is not None:
             self.tables.step.fill_(self.cache.step)
             self.tables.loaded = self.cache.step  # the graph loads its rows itself
@@ -130,6 +160,7 @@ class GraphedAdapter:
         """What is captured: the step's rows, then the network."""
         if self.tables is not None:
             self.tables.load()
-        if kind == "full":
-            return self.adapter.full(**arguments)
-        return (self.adapter.cached(**arguments),)
+        with self.context.reading() if self.context is not None else nullcontext():
+            if kind == "full":
+                return self.adapter.full(**arguments)
+            return (self.adapter.cached(**arguments),)

@@ -12,9 +12,8 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import Backend, choose_backend
 from cachequant.models.adapter import device_of
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphs import with_graphs
+from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.step import accelerated_step
 from cachequant.plan import Plan
 from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
@@ -56,9 +55,12 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     correction = plan.correction if plan else Correction()
     cache = FeatureCache(schedule, 2 if correction.uses_forecast else 1, adapter.channel_dim)
     quant = plan.quant if plan else None
-    handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context)) if quant else None
+    handle = None
+    if quant is not None:
+        shallow = adapter.shallow_names()
+        handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context), shallow)
     adapter.rebuild()
-    inner = accelerated_step(with_graphs(adapter, cache, handle), cache, correction)
+    inner = deployed_step(adapter, cache, correction, handle)
     path: list[Tensor] = []
 
     def step(call: Call) -> Tensor:

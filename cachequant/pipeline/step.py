@@ -21,11 +21,7 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
     Raises:
         UserError: the cached feature has another number of channels than its corrections.
     """
-    widths = {len(affine.scale) for affine in correction.cache.values()}
-    if widths - {adapter.width}:
-        raise UserError(
-            f"the plan corrects {max(widths)} cached channels, this model has {adapter.width}: calibrate for it"
-        )
+    refuse_other_width(adapter, correction)
     reuses = len(cache.schedule.refresh_steps) < cache.schedule.num_steps
     feature_maps, output_maps = _OnDevice(correction.cache), _OnDevice(correction.output)
 
@@ -41,6 +37,19 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
         return correct_prediction(output, call.x, output_maps.at(cache.step, call.x))
 
     return step
+
+
+def refuse_other_width(adapter: Adapter, correction: Correction) -> None:
+    """Refuse corrections of a cached feature that is not this model's.
+
+    Raises:
+        UserError: it has another number of channels.
+    """
+    widths = {len(affine.scale) for affine in correction.cache.values()}
+    if widths - {adapter.width}:
+        raise UserError(
+            f"the plan corrects {max(widths)} cached channels, this model has {adapter.width}: calibrate for it"
+        )
 
 
 def correct_prediction(output: Tensor, x: Tensor, affine: AffineMap | None) -> Tensor:

@@ -36,7 +36,13 @@ def nhwc(x: Tensor) -> Tensor:
 
 
 class Fused:
-    """What all fused forwards share."""
+    """What all fused forwards share.
+
+    Attributes:
+        outermost: whether it is of use only outside other fused blocks.
+    """
+
+    outermost = False
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -250,7 +256,8 @@ def fuse(network: nn.Module, forwards: dict[str, type[Fused]] = FORWARDS) -> dic
     fused: dict[str, str] = {}
     for kind, mixin in forwards.items():
         for name, module in network.named_modules():
-            if type(module).__name__ == kind and mixin.fits(module):
+            within = mixin.outermost and any(name.startswith(f"{block}.") for block in fused)
+            if type(module).__name__ == kind and not within and mixin.fits(module):
                 module.__class__ = type(f"Fused{kind}", (mixin, type(module)), {})
                 fused[name] = kind
     return fused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,23 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
+from cachequant.quant.adaptive_conditions import AdaptiveConditions, share_adaptive_conditions
 from cachequant.quant.blocks import Fused, fuse, unfuse
+from cachequant.quant.context import ContextOperands
 from cachequant.quant.convert import QuantizedNetwork, install, refuse_unfit, replace_module
 from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.step_tables import StepTables
+from cachequant.quant.time_projections import TimeProjections, share_time_projections
 from cachequant.types import Correction, LayerQuant, QuantState
+
+HOST = torch.device("cpu")
+
+
+def move(layer: nn.Module, place: torch.device | None) -> nn.Module:
+    """The same layer with the same parameters elsewhere, bit by bit; None, or without a weight to move: where it is."""
+    if place is None or any(parameter.is_meta for parameter in layer.parameters()):
+        return layer
+    return layer.to(place)
 
 
 @dataclass
@@ -30,6 +43,9 @@ class Deployment:
         fused: name -> class of the blocks with a fused forward.
         simulation: the simulated layers and attention operands, or None.
         tables: the scales of every step, of a deployment on a GPU.
+        time: joint projections of timestep and class, of a deployment on a GPU.
+        context: keys and values of cross-attention, of a deployment on a GPU that has any.
+        home: where the replaced layers were; on a GPU they wait in the host's memory meanwhile.
     """
 
     network: nn.Module
@@ -38,6 +54,9 @@ class Deployment:
     fused: dict[str, str] = field(default_factory=dict)
     simulation: QuantizedNetwork | None = None
     tables: StepTables | None = None
+    time: list[TimeProjections | AdaptiveConditions] = field(default_factory=list)
+    context: ContextOperands | None = None
+    home: torch.device | None = None
 
     @property
     def replaced(self) -> dict[str, nn.Module]:
@@ -47,8 +66,10 @@ class Deployment:
     def remove(self) -> None:
         """Put every original layer, processor and class back."""
         unfuse(self.network, list(self.fused))
+        for joint in self.time:
+            joint.release()
         for name, source in self.integer.items():
-            replace_module(self.network, name, source)
+            replace_module(self.network, name, move(source, self.home))
         if self.simulation is not None:
             self.simulation.remove()
 
@@ -91,21 +112,26 @@ def deploy_on_device(
     correction: Correction | None = None,
     device: torch.device | None = None,
     forwards: dict[str, type[Fused]] | None = None,
+    shallow: Collection[str] = (),
 ) -> Deployment:
     """Deploy every layer that the GPU's operators support; arguments and result as for `deploy`.
+
+    GPU memory holds a layer's integers only: what was replaced waits in the host's memory until `remove()`.
 
     Args:
         network, state, clock, correction: of `deploy`.
         device: where the network is; None asks its parameters.
         forwards: diffusers' class -> fused forward; None is all of them.
+        shallow: names of the modules that a cached step runs.
     """
     from cachequant.kernels.cuda.packing import unsupported
-    from cachequant.quant.device_blocks import FORWARDS
+    from cachequant.quant.device_blocks import FORWARDS, context_operands
     from cachequant.quant.device_layers import DeviceLayer, join
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
     place = device or next(p.device for p in network.parameters() if not p.is_meta)
-    handle.tables = tables = StepTables(clock.schedule.num_steps, place)
+    handle.tables, handle.home = StepTables(clock.schedule.num_steps, place), place
+    tables = handle.tables
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
         reason = unsupported(layer.weights, tuple(table.bits for table in layer.inputs), Geometry.of(source))
@@ -114,7 +140,7 @@ def deploy_on_device(
             continue
         maps = correction.layers.get(name) if correction else None
         replace_module(network, name, DeviceLayer(source, layer, clock, tables, maps))
-        handle.integer[name] = source
+        handle.integer[name] = move(source, HOST)
     if others or state.operands:
         handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
         handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")
@@ -124,14 +150,30 @@ def deploy_on_device(
         if len(layers) == len(projections) and not join(layers):
             join(layers[1:])
     tables.freeze()
-    handle.fused = fuse(network, FORWARDS if forwards is None else forwards)
+    chosen = FORWARDS if forwards is None else forwards
+    if "ResnetBlock2D" in chosen:
+        handle.time += share_time_projections(network, shallow)
+    if "BasicTransformerBlock" in chosen:
+        handle.time += share_adaptive_conditions(network, shallow)
+        handle.context = ContextOperands.of(network, context_operands)
+    handle.fused = fuse(network, chosen)
     return handle
 
 
 def attach(
-    network: nn.Module, state: QuantState, clock: FeatureCache, correction: Correction, backend: Backend
+    network: nn.Module,
+    state: QuantState,
+    clock: FeatureCache,
+    correction: Correction,
+    backend: Backend,
+    shallow: Collection[str] = (),
 ) -> QuantizedNetwork | Deployment:
     """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it.
+
+    Args:
+        network, state, clock, correction: of `deploy`.
+        backend: of `cachequant.kernels.backend.choose_backend`.
+        shallow: names of the modules that a cached step runs, which a GPU's backend lays out together.
 
     Raises:
         UserError: the state or the correction is not of this network, which is then as it was.
@@ -140,5 +182,5 @@ def attach(
     if backend.name == SIMULATED:
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:
-        return deploy_on_device(network, state, clock, correction)
+        return deploy_on_device(network, state, clock, correction, shallow=shallow)
     return deploy(network, state, clock, correction)

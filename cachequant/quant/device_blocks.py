@@ -37,8 +37,10 @@ class DeviceResnet(blocks.FusedResnet):
         dtype = parts[0].dtype
         hidden = self.conv1.output(normalise(self.norm1, parts, self.conv1, None, True), dtype)  # [B, H, W, O]
         shift = None
-        if temb is not None and self.time_emb_proj is not None:
-            shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).contiguous()  # [B, O]
+        if temb is not None and self.conv1.time is not None:
+            shift = self.conv1.time.of(self, temb)  # [B, O]
+        elif temb is not None and self.time_emb_proj is not None:
+            shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).contiguous()
         integers = normalise(self.norm2, [hidden], self.conv2, shift, True)
         shortcut = self.conv_shortcut
         plus = parts[0] if shortcut is None else shortcut.output(shortcut.quantize(parts), dtype)
@@ -103,8 +105,7 @@ class DeviceTransformerBlock(blocks.FusedTransformerBlock):
             x = token_attention(self.attn2, self.norm2, x, encoder_hidden_states)
         wide, narrow, norm = self.ff.net[0].proj, self.ff.net[2], self.norm3
         (q,) = ops.layer_norm_int8(x, norm.weight, norm.bias, None, None, norm.eps, wide.grids)
-        hidden = wide.output([q], x.dtype)  # [B, N, 2·F]
-        inner = ops.geglu_int8(hidden.flatten(0, 1), narrow.grids[0]).view(*x.shape[:-1], -1)
+        inner = wide.activated(q, "geglu", narrow.grids[0])  # [B, N, F]
         return narrow.output([inner], x.dtype, x)
 
 
@@ -160,6 +161,23 @@ class DeviceDownsample(blocks.FusedDownsample):
         return nchw(self.conv.output(self.conv.quantize([nhwc(hidden_states)], pad=pad), hidden_states.dtype))
 
 
+class DeviceGroupNorm(blocks.Fused):
+    """A norm that stands alone, such as the one before a U-Net's last convolution."""
+
+    outermost = True
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        """With weight and bias."""
+        return blocks._affine(module, torch.nn.GroupNorm)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        if x.dim() != 4:
+            return super().forward(x)  # type: ignore[misc]
+        return nchw(ops.group_norm_float(nhwc(x), self.weight, self.bias, self.num_groups, self.eps))
+
+
 FORWARDS: dict[str, type[blocks.Fused]] = {
     "ResnetBlock2D": DeviceResnet,
     "Attention": DeviceAttention2d,
@@ -170,6 +188,7 @@ FORWARDS: dict[str, type[blocks.Fused]] = {
     "UpBlock2D": blocks.FusedUpBlock,
     "AttnUpBlock2D": blocks.FusedUpBlock,
     "CrossAttnUpBlock2D": blocks.FusedUpBlock,
+    "GroupNorm": DeviceGroupNorm,
 }
 """diffusers' class -> fused forward on the GPU."""
 
@@ -210,10 +229,17 @@ def token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) -
 
     if context is None:
         return attend(module, project(layers, normed, x.dtype), x)
-    rows = context.to(x.dtype).flatten(0, 1).contiguous()
-    operands = project(layers[:1], normed, x.dtype)
-    operands += project(layers[1:], lambda layer: layer.quantize([rows])[0].view(context.shape), x.dtype)
-    return attend(module, operands, x)
+    held = None if module.to_k.context is None else module.to_k.context.held(module, context)
+    operands = held or context_operands(module, context.to(x.dtype))
+    return attend(module, project(layers[:1], normed, x.dtype) + operands, x)
+
+
+def context_operands(module: Any, context: Tensor) -> list[Tensor]:
+    """Key and value [B, M, C] of a cross-attention from its context [B, M, E]."""
+    rows = context.flatten(0, 1).contiguous()
+    return project(
+        (module.to_k, module.to_v), lambda layer: layer.quantize([rows])[0].view(context.shape), context.dtype
+    )
 
 
 def adaptive(module: Any) -> bool:
@@ -235,8 +261,12 @@ def adaptive(module: Any) -> bool:
 def adaptive_block(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> Tensor:
     """x + gate·attention(modulated norm of x), then the same with the feed-forward layer: [B, N, C]."""
     ada, net = block.norm1, block.ff.net
-    embedding = ada.emb(timestep, class_labels, hidden_dtype=x.dtype)
-    parts = ada.linear(ada.silu(embedding)).unflatten(1, (6, -1)).transpose(0, 1).contiguous()  # [6, B, C]
+    joint = net[0].proj.time
+    if joint is not None:
+        parts = joint.of(block, timestep, class_labels, x.dtype)  # [6, B, C]
+    else:
+        embedding = ada.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        parts = ada.linear(ada.silu(embedding)).unflatten(1, (6, -1)).transpose(0, 1).contiguous()
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
     operands = project(
         (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
@@ -246,6 +276,5 @@ def adaptive_block(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> T
     x = torch.addcmul(x, gate[:, None], attend(block.attn1, operands, None))
     wide, narrow = net[0].proj, net[2]
     (q,) = ops.layer_norm_int8(x, None, None, scale_mlp, shift_mlp, block.norm3.eps, wide.grids)
-    hidden = wide.output([q], x.dtype)  # [B, N, F]
-    inner = ops.gelu_int8(hidden, narrow.grids[0], net[0].approximate == "tanh")
+    inner = wide.activated(q, "gelu_tanh" if net[0].approximate == "tanh" else "gelu", narrow.grids[0])  # [B, N, F]
     return torch.addcmul(x, gate_mlp[:, None], narrow.output([inner], x.dtype))

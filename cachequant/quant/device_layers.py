@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from cachequant.kernels.cuda.packing import DeviceWeight, Pad, padding_of
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.layers import Layer
 from cachequant.quant.step_tables import Columns, StepTables
-from cachequant.types import AffineMap, LayerQuant
+from cachequant.types import ActivationTable, AffineMap, LayerQuant
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -47,6 +48,11 @@ class DeviceLayer(nn.Module):
         clock: tells the step.
         tables: of the network; frozen before the first call.
         corrections: step -> map of the first segment's product (a₂, b₂).
+
+    Attributes:
+        constant: whether grids and epilogue are the same at all steps.
+        time: joint projections of timestep (and class) that the first layer of a resnet or DiT block carries, or None.
+        context: holder of the key and value of the attention whose key projection this is, or None.
     """
 
     deployed = True
@@ -64,6 +70,9 @@ class DeviceLayer(nn.Module):
         self._source = (source,)  # a tuple hides it from the module tree
         weights = [DeviceWeight.of(grid, tables.device) for grid in state.weights]
         self.joint: tuple[Segment, list[int]] | None = None
+        self.constant = not corrections and all(_same_at_all_steps(table) for table in state.inputs)
+        self.time: Any = None
+        self.context: Any = None
         self.first_grid = tables.add_grids(state.inputs)
         bias = None if source.bias is None else source.bias.detach().float()
         self.parts = [
@@ -160,6 +169,22 @@ class DeviceLayer(nn.Module):
         wide, sizes = self.joint
         return list(_matrix_product(wide, self.tables, integers, dtype, None).split(sizes, dim=-1))
 
+    def activated(self, integers: Tensor, kind: str, grid: Tensor) -> Tensor:
+        """A linear layer and the activation behind it in one launch: int8 [..., K] -> int8 [..., N] on `grid` [4].
+
+        Args:
+            integers: of the layer's only segment.
+            kind: "geglu" (N is half of the layer's outputs), "gelu" or "gelu_tanh".
+            grid: of the result.
+        """
+        self.tables.ensure(self.clock.step)
+        (segment,) = self.parts
+        scale, shift, offset = self.tables.of(segment.columns)
+        rows = integers.reshape(-1, integers.shape[-1])
+        sums, lift = _input_sums(segment, rows), offset if segment.asymmetric else None
+        made = ops.int8_linear_activated(rows, segment.weight.flatten(1), scale, shift, sums, lift, grid, kind)
+        return made.view(*integers.shape[:-1], -1)
+
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """[B, I, H, W] -> [B, O, H', W'] in channels-last memory, or [..., I] -> [..., O]."""
         if self.geometry.is_conv:
@@ -174,11 +199,20 @@ def _matrix_product(
     """int8 [..., K] -> [..., N], plus source."""
     scale, shift, offset = tables.of(segment.columns)
     rows = q.reshape(-1, q.shape[-1])
-    sums = ops.window_sum(rows[None, None], [1, 1], [1, 1]).flatten() if segment.asymmetric else None
+    sums = _input_sums(segment, rows)
     plus = None if source is None else source.reshape(len(rows), -1)
     lift = offset if segment.asymmetric else None
     made = ops.int8_linear(rows, segment.weight.flatten(1), scale, shift, plus, 1.0, sums, lift, dtype)
     return made.view(*q.shape[:-1], len(segment.weight))
+
+
+def _input_sums(segment: Segment, rows: Tensor) -> Tensor | None:
+    """Σ of the integers [M, K] of every row, [M], where the weights' zero point needs it."""
+    return ops.window_sum(rows[None, None], [1, 1], [1, 1]).flatten() if segment.asymmetric else None
+
+
+def _same_at_all_steps(table: ActivationTable) -> bool:
+    return bool((table.scale == table.scale[0]).all() and (table.zero_point == table.zero_point[0]).all())
 
 
 def join(layers: Sequence[DeviceLayer]) -> bool:

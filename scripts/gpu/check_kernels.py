@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cachequant.kernels.cuda import dispatch, ops, reference
+from cachequant.kernels.cuda.triton_feed_forward import BLOCKS as FEED_FORWARD_BLOCKS
 from cachequant.kernels.cuda.triton_product import BLOCKS
 
 LINEAR = [
@@ -184,6 +186,38 @@ def group_norm_case(
     return max(cases, key=lambda case: (not case.ok, case.error))
 
 
+def float_norm_case(size: tuple[int, int, int], channels: int, dtype: torch.dtype) -> Case:
+    """GroupNorm in floating point."""
+    x = torch.randn(*size, channels, device="cuda").to(dtype) + 1
+    gain, base = (torch.randn(channels, device="cuda").to(dtype) for _ in range(2))
+    y = F.group_norm(x.double().permute(0, 3, 1, 2), 32, gain.double(), base.double(), 1e-5).permute(0, 2, 3, 1)
+    label = f"{list(x.shape)} {str(dtype)[6:]}"
+    return compare("group_norm_float", label, ops.group_norm_float(x, gain, base, 32, 1e-5), y, LIMITS[dtype])
+
+
+def feed_forward_case(m: int, n: int, k: int, kind: str, sums: bool, tile: str) -> Case:
+    """A product with its activation: integers off by one are rare."""
+    x, w = integers(m, k), integers(2 * n if kind == "geglu" else n, k)
+    scale = (0.5 + torch.rand(len(w), device="cuda")) / (k**0.5 * 5500)  # hidden values around 1
+    shift = torch.randn(len(w), device="cuda")
+    rows = reference.window_sum(x[None, None], (1, 1), (1, 1)).flatten() if sums else None
+    offset = torch.randn(len(w), device="cuda") / (k**0.5 * 74) if sums else None
+    out = poison(torch.empty(m, n, dtype=torch.int8, device="cuda"))
+    dispatch.run_activated(x, w, scale, shift, rows, offset, grid(-5.0), kind, out, name=tile)
+    expected = reference.activated(x, w, scale, shift, rows, offset, grid(-5.0), kind)
+    return compare(f"{kind} {tile}", f"{m}x{n}x{k} {sums}", out, expected, 0.01)
+
+
+def feed_forwards(quick: bool) -> Iterator[Case]:
+    """Every tile of the fused feed-forward kernel on the first of these shapes, the first tile on all."""
+    shapes = [(7, 24, 48), (4096, 1280, 320), (513, 640, 640), (64, 5120, 1280)][: 1 if quick else 4]
+    tiles = [dispatch.TRITON + "x".join(map(str, blocks)) for blocks in FEED_FORWARD_BLOCKS]
+    for i, shape in enumerate(shapes):
+        for kind, sums, tile in itertools.product(("geglu", "gelu", "gelu_tanh"), (False, True), tiles):
+            if tile == tiles[0] or (kind == "geglu" and i < 2):
+                yield attempt(f"{kind} {tile}", str(shape), feed_forward_case, *shape, kind, sums, tile)
+
+
 def layer_norm_case(size: tuple[int, int], channels: int, affine: bool, modulate: bool, dtype: torch.dtype) -> Case:
     """LayerNorm on two grids."""
     grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])
@@ -223,7 +257,7 @@ def window_case(image: tuple[int, ...], window: tuple[int, int], stride: tuple[i
 
 def pointwise(quick: bool) -> Iterator[Case]:
     """Normalisations, quantisation, activations, window sums: the operators as the network calls them."""
-    sizes = [(2, 3, 5)] if quick else [(1, 1, 1), (2, 8, 8), (2, 7, 9), (2, 32, 32), (2, 64, 64), (1, 40, 33)]
+    sizes = [(2, 3, 5)] if quick else [(1, 1, 2), (2, 8, 8), (2, 7, 9), (2, 32, 32), (2, 64, 64), (1, 40, 33)]
     paddings = ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1])
     for size, dtype in itertools.product(sizes, (torch.float16, torch.bfloat16, torch.float32)):
         if dtype is not torch.float16 and size != sizes[-1]:
@@ -231,6 +265,8 @@ def pointwise(quick: bool) -> Iterator[Case]:
         for widths, pad in itertools.product(((32,), (320,), (64, 32), (640, 320)), paddings):
             arguments = (size, widths, pad, pad != paddings[0], dtype)
             yield attempt("group_norm_int8", str(arguments), group_norm_case, *arguments)
+        for channels in (32, 320, 960):
+            yield attempt("group_norm_float", str((size, channels)), float_norm_case, size, channels, dtype)
         for pad, upsample in zip(paddings, (1, 2, 1), strict=True):
             yield attempt("quantize_image", str((size, pad)), quantize_case, size, pad, upsample, dtype)
         rows = (size[0], size[1] * size[2])
@@ -274,6 +310,7 @@ PARTS_OF_CHECK: dict[str, Callable[[bool], Iterator[Case]]] = {
     "compiled": lambda quick: products(quick, triton=False),
     "triton": lambda quick: products(quick, triton=True),
     "pointwise": pointwise,
+    "feed-forward": feed_forwards,
     "graphs": lambda quick: graphs(),
 }
 

@@ -75,7 +75,9 @@ def load_first_stage(kind: Any, folder: Path, minutes: float, device: str) -> An
         if time.monotonic() > end:
             raise UserError(f"no first stage in {folder}; expected one: run scripts/train/train_autoencoder.py first")
         time.sleep(0.5)
-    return kind.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval().requires_grad_(False)
+    first_stage = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    first_stage.register_to_config(_name_or_path="")  # not the folder of this machine
+    return first_stage.to(device).eval().requires_grad_(False)
 
 
 def scaled_latents(first_stage: Any, images: Tensor) -> Tensor:

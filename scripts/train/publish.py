@@ -124,11 +124,14 @@ def save_grid(rows: dict[str, Tensor], path: Path, scale: int = 1) -> None:
 
 def training_rows(facts: dict[str, Any]) -> dict[str, str]:
     """What every card says of the training; `facts` as `training.facts` gives them."""
+    trainings = [*facts["earlier"], facts]
+    steps = ", then ".join(f"{part['steps']:,}" for part in trainings)
+    again = " in each part" if len(trainings) > 1 else ""
     return {
-        "training": f"{facts['steps']:,} steps of batch {facts['batch_size']}, AdamW, warm-up to {facts['lr']:g} then "
-        f"cosine, seed {facts['seed']}",
+        "training": f"{steps} steps of batch {facts['batch_size']}, AdamW, warm-up to {facts['lr']:g} then "
+        f"cosine{again}, seed {facts['seed']}",
         "weights": f"exponential moving average (decay {facts['ema_decay']:g}), float16 safetensors",
-        "wall time": f"{facts['minutes']:.1f} minutes of training",
+        "wall time": f"{sum(part['minutes'] for part in trainings):.1f} minutes of training",
         "hardware": f"{facts['hardware']}, torch {facts['torch_version']}, precision {facts['precision']}",
     }
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cachequant.errors import UserError
 from cachequant.evaluation.fashion_mnist import load_fashion_mnist, to_model_range
-from cachequant.evaluation.features import FashionCNN
+from cachequant.evaluation.features import FashionCNN, save_test_statistics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -100,10 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     train(network, train_images, train_labels, options)
     seconds = time.perf_counter() - begin
-    score = accuracy(network, *load("test", options))
+    test_images, test_labels = load("test", options)
+    score = accuracy(network, test_images, test_labels)
     options.out.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, options.out / "model.safetensors")
+    save_test_statistics(options.out, test_images)
     card = CARD.format(
         parameters=sum(p.numel() for p in network.parameters()),
         accuracy=score,

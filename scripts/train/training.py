@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import platform
 import time
@@ -234,6 +235,7 @@ def facts(module: Averaged) -> dict[str, Any]:
     options = module.options
     return {
         "parameters": sum(p.numel() for p in module.ema.parameters()),
+        "earlier": earlier_trainings(options.start_from),
         "steps": module.trainer.global_step,
         "batch_size": options.batch_size,
         "lr": options.lr,
@@ -244,3 +246,12 @@ def facts(module: Averaged) -> dict[str, Any]:
         "torch_version": torch.__version__,
         "precision": precision(options),
     }
+
+
+def earlier_trainings(folder: Path | None) -> list[dict[str, float]]:
+    """Steps and minutes of the trainings that made the weights in `folder`, from its `training.json`; first one first."""
+    record = folder / "training.json" if folder else None
+    if record is None or not record.is_file():
+        return []
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return [*found.get("earlier", []), {"steps": found["steps"], "minutes": found["minutes"]}]

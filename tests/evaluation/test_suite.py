@@ -19,8 +19,9 @@ from cachequant.evaluation.frechet import FeatureStatistics, ScoreSums, frechet_
 from cachequant.evaluation.inception import Inception, InceptionFeatures
 from cachequant.evaluation.manifold import precision_recall
 from cachequant.evaluation.paired import psnr, ssim
-from cachequant.evaluation.suite import FASHION, INCEPTION, Request, Suite
+from cachequant.evaluation.suite import INCEPTION, Request, Suite
 
+FASHION = "frechet_fashion_cnn"
 WIDTHS = {"POOL": 6, "SPATIAL": 4, "CLASSES": 5}
 
 

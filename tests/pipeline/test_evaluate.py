@@ -65,21 +65,27 @@ def test_two_processes_give_the_same_numbers(images: tuple[Path, Path], tmp_path
 def test_the_test_images_of_fashion_mnist_are_a_reference(
     images: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For the miniature's own distance their statistics are at hand; for others they are read."""
     from cachequant.evaluation import reference
     from cachequant.evaluation.features import extract_features, load_feature_network
     from cachequant.evaluation.frechet import FeatureStatistics, frechet_distance
     from cachequant.evaluation.images import open_images
 
     real = torch.randint(0, 256, (30, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    monkeypatch.setattr(reference, "load_fashion_mnist", lambda split: (real, split))
-    found = evaluate(Request(images[0], ("frechet_fashion_cnn",), Path("fashion-mnist")), device="cpu")
     network, gaussians = load_feature_network(), []
     for x in (open_images(images[0]).read(0, 21)[:, :1].float() / 127.5 - 1, reference.to_model_range(real)):
         statistics = FeatureStatistics(128)
         statistics.update(extract_features(network, x))
         gaussians.append(statistics.gaussian)
+    monkeypatch.setattr(reference, "fashion_statistics", lambda: gaussians[1])
+    found = evaluate(Request(images[0], ("frechet_fashion_cnn",), Path("fashion-mnist")), device="cpu")
     assert found is not None
     assert found["frechet_fashion_cnn"] == pytest.approx(frechet_distance(*gaussians[0], *gaussians[1]), rel=1e-5)
+    monkeypatch.setattr(reference, "load_fashion_mnist", lambda split: (real, split))
+    opened = reference.open_reference(Path("fashion-mnist")).images
+    assert opened is not None
+    expected = torch.nn.functional.pad(real, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
+    assert torch.equal(opened.read(3, 7), expected[3:7])
 
 
 @pytest.mark.parametrize(

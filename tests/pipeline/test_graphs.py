@@ -116,3 +116,73 @@ def test_a_network_without_integers_can_be_captured_too(network):
     plain = walk(structure, clock)
     found = walk(GraphedAdapter(structure, clock, None, Recorder()), clock)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.fixture
+def text_to_image():
+    """A network with cross-attention on integers; its prompts had the same range at all steps."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        cross_attention_dim=24, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    structure, clock = adapter(network), FeatureCache(SCHEDULE)
+    plans = {
+        name: LayerPlan(8, 8, structure.splits().get(name, 0))
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+        and name not in structure.end_names() | structure.time_names()
+    }
+    handle = install(network, fresh_state(network, plans, "minmax"), clock, search="minmax")
+    handle.set_mode(Mode.OBSERVE)
+    for step in range(4):
+        clock.step = step
+        with torch.no_grad():
+            network(sample(step) * (step + 1), 100 * step, prompt(0))
+        handle.finish_step(step)
+    state = handle.state
+    handle.remove()
+    made = deploy_on_device(network, state, clock, device=torch.device("cpu"))
+    structure.rebuild()
+    yield made, clock, structure
+    made.remove()
+
+
+def prompt(seed: int, tokens: int = 5) -> Tensor:
+    return torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(seed)).clamp(-2, 2)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_computed_once_a_prompt(text_to_image):
+    made, clock, structure = text_to_image
+    assert made.context is not None and len(made.context.attentions) == 4
+    original, calls = made.context.project, []
+    made.context.project = lambda module, context: calls.append(module) or original(module, context)
+    graphed = GraphedAdapter(structure, clock, made.tables, Recorder(), made.context)
+    text = prompt(1)
+    changes = (
+        (lambda: text, 4),  # every attention
+        (lambda: text, 0),
+        (lambda: text.mul_(0.5), 4),  # written to
+        (text.clone, 4),  # the same values elsewhere: nobody knows
+        (lambda: prompt(2, tokens=3), 4),  # another shape, and back
+        (lambda: text, 4),
+        (lambda: text, 0),
+    )
+    for step, (change, expected) in enumerate(changes):
+        clock.step, context = step % 4, change()
+        calls.clear()
+        found, _ = graphed.full(sample(step), torch.tensor(100), encoder_hidden_states=context)
+        assert len(calls) == expected
+        plain, _ = structure.full(sample(step), torch.tensor(100), encoder_hidden_states=context)
+        assert torch.equal(found, plain)
+
+
+def test_a_layer_whose_grids_or_corrections_change_is_not_held(text_to_image):
+    _, _, structure = text_to_image
+    layers = [m for m in structure.denoiser.modules() if hasattr(m, "to_k") and m.is_cross_attention]
+    assert all(m.to_k.constant and m.to_v.constant for m in layers)
+    assert not structure.denoiser.down_blocks[0].resnets[0].conv1.constant  # its input grew from step to step

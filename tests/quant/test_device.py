@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.cuda.packing import DeviceWeight
 from cachequant.models.adapter import adapter
+from cachequant.quant import deploy
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.deploy import deploy_on_device
 from cachequant.quant.layers import Mode, quantize_weight
@@ -259,3 +260,25 @@ def test_what_the_operators_do_not_cover_is_simulated_with_the_reason():
     assert deployment.reasons == {"conv_out": "dilation (2, 2)"}
     assert run(network, clock, 0).isfinite().all()
     deployment.remove()
+
+
+def test_replaced_layers_wait_in_the_hosts_memory(monkeypatch):
+    """Each is moved there when its integers stand in its place, and back before it returns."""
+    moved: list[tuple[nn.Module, torch.device]] = []
+    monkeypatch.setattr(deploy, "move", lambda layer, place: moved.append((layer, place)) or layer)
+    network, state, clock = prepared(unconditional)
+    device = torch.device("cpu", 0)
+    deployment = deploy_on_device(network, state, clock, device=device)
+    layers = list(deployment.integer.values())
+    assert moved == [(layer, deploy.HOST) for layer in layers]
+    deployment.remove()
+    assert moved[len(layers) :] == [(layer, device) for layer in layers]
+
+
+def test_a_moved_layer_keeps_its_parameters_and_their_layout():
+    layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    weight, bits = layer.weight, layer.weight.detach().clone()
+    assert deploy.move(layer, torch.device("cpu")) is layer and layer.weight is weight
+    assert torch.equal(layer.weight, bits) and layer.weight.is_contiguous(memory_format=torch.channels_last)
+    absent = nn.Linear(2, 2, device="meta")
+    assert deploy.move(absent, torch.device("cpu")).weight.is_meta  # of a denoiser that was loaded from its plan

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,16 +50,22 @@ def folder() -> Path:
     return Path(given) if given else Path(root) / "cachequant" / "cuda"
 
 
+def _sources(name: str) -> list[str]:
+    """The texts of a source file and of what it includes from the same folder."""
+    text = (SOURCES / name).read_text(encoding="utf-8")
+    included = [other for other in re.findall(r'#include "([^"]+)"', text) if (SOURCES / other).is_file()]
+    return [text, *(part for other in included for part in _sources(other))]
+
+
 @cache
-def _digest() -> str:
-    """Changes with the sources and flags."""
-    text = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
-    return hashlib.sha256("\n".join([*text, *FLAGS]).encode()).hexdigest()[:12]
+def _digest(source: str) -> str:
+    """Changes with a kernel's sources and flags."""
+    return hashlib.sha256("\n".join([*_sources(source), *FLAGS]).encode()).hexdigest()[:12]
 
 
 def library_path(variant: Variant) -> Path:
     """The file that holds a kernel, named by what it was made from."""
-    return folder() / f"{variant.name}-{_digest()}.so"
+    return folder() / f"{variant.name}-{_digest(variant.source)}.so"
 
 
 def compiler() -> str | None:

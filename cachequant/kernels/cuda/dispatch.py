@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -95,6 +96,38 @@ def run_product(
             )
         fused = "".join(letter for letter, t in zip("bca", (shift, source, offset), strict=True) if t is not None)
         sizes = "x".join(map(str, (*x.shape, *weight.shape, *stride)))
-        key = f"{operation} {sizes} {fused} {str(out.dtype).removeprefix('torch.')}"
-        name = table(x.device).best(key, names, call, not torch.cuda.is_current_stream_capturing())
+        name = _fastest(x.device, f"{operation} {sizes} {fused} {str(out.dtype).removeprefix('torch.')}", names, call)
     call(name)
+
+
+def run_activated(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    row_sum: Tensor | None,
+    offset: Tensor | None,
+    grid: Tensor,
+    kind: str,
+    out: Tensor,
+    name: str | None = None,
+) -> None:
+    """`int8_linear_activated` into `out`, by the kernel `name` or the fastest one; all are Triton's."""
+    from cachequant.kernels.cuda import triton_feed_forward, triton_product
+
+    operands = triton_product.Operands(scale, shift, None, 0.0, row_sum, offset)
+    tiles = {TRITON + "x".join(map(str, blocks)): blocks for blocks in triton_feed_forward.BLOCKS}
+
+    def call(kernel: str) -> None:
+        triton_feed_forward.activated(
+            x, weight, operands, grid, kind == "geglu", kind == "gelu_tanh", out, tiles[kernel]
+        )
+
+    sizes = "x".join(map(str, (*x.shape, *weight.shape)))
+    fused = "".join(letter for letter, t in zip("ba", (shift, offset), strict=True) if t is not None)
+    call(name or _fastest(x.device, f"{kind} {sizes} {fused}", tuple(tiles), call))
+
+
+def _fastest(device: torch.device, key: str, names: tuple[str, ...], call: Callable[[str], None]) -> str:
+    """The kernel on file for `key`, or the one that a measurement finds; nothing is measured during a capture."""
+    return table(device).best(key, names, call, not torch.cuda.is_current_stream_capturing())

@@ -7,11 +7,12 @@ of the compiled and the Triton kernels for their shape, everything else runs in 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
 from cachequant.kernels.cuda import reference
-from cachequant.kernels.cuda.dispatch import run_product
+from cachequant.kernels.cuda.dispatch import run_activated, run_product
 
 Pad = tuple[int, int, int, int]
 
@@ -70,6 +71,38 @@ def _(x, weight, scale, shift, source, beta, row_sum, offset, dtype):  # type: i
 @int8_linear.register_fake
 def _(x, weight, scale, shift, source, beta, row_sum, offset, dtype):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+@custom_op("cachequant::int8_linear_activated", mutates_args=())
+def int8_linear_activated(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    row_sum: Tensor | None,
+    offset: Tensor | None,
+    grid: Tensor,
+    kind: str,
+) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.activated`: int8 [M, K] × int8 [N or 2N, K] -> int8 [M, N]."""
+    return reference.activated(x, weight, scale, shift, row_sum, offset, grid, kind)
+
+
+def _hidden(x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if kind == "geglu" else 1))
+
+
+@int8_linear_activated.register_kernel("cuda")
+def _(x, weight, scale, shift, row_sum, offset, grid, kind):  # type: ignore[no-untyped-def]
+    _contiguous(x, weight, scale, shift, row_sum, offset, grid)
+    out = _hidden(x, weight, kind)
+    run_activated(x, weight, scale, shift, row_sum, offset, grid, kind, out)
+    return out
+
+
+@int8_linear_activated.register_fake
+def _(x, weight, scale, shift, row_sum, offset, grid, kind):  # type: ignore[no-untyped-def]
+    return _hidden(x, weight, kind)
 
 
 @custom_op("cachequant::int8_conv2d", mutates_args=())
@@ -153,13 +186,33 @@ def group_norm_int8(
 def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(*parts, shift, weight, bias, grids)
+    _contiguous(*parts, None if shift is None else shift[0], weight, bias, grids)
     return triton_norm.group_norm(list(parts), shift, weight, bias, groups, eps, activate, grids, _pad(pad))
 
 
 @group_norm_int8.register_fake
 def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
     return [_padded(part, pad) for part in parts]
+
+
+@custom_op("cachequant::group_norm_float", mutates_args=())
+def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """GroupNorm of [B, H, W, C] in its own type."""
+    y = F.group_norm(x.float().permute(0, 3, 1, 2), groups, weight.float(), bias.float(), eps)
+    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+
+@group_norm_float.register_kernel("cuda")
+def _(x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_norm
+
+    _contiguous(x, weight, bias)
+    return triton_norm.group_norm_float(x, weight, bias, groups, eps)
+
+
+@group_norm_float.register_fake
+def _(x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
 @custom_op("cachequant::layer_norm_int8", mutates_args=())

@@ -154,3 +154,29 @@ def geglu(x: Tensor, grid: Tensor) -> Tensor:
 def gelu(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
     """GELU, exact or in its tanh form, of [R, C] -> int8 [R, C]."""
     return quantize(F.gelu(x.float(), approximate="tanh" if tanh else "none"), grid)
+
+
+def activated(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    row_sum: Tensor | None,
+    offset: Tensor | None,
+    grid: Tensor,
+    kind: str,
+) -> Tensor:
+    """A product and the activation behind it: `epilogue`, then `geglu` or `gelu`, in float32 in between.
+
+    Args:
+        x: int8 [M, K].
+        weight: int8 [N, K]; for "geglu" [2N, K], values before gates.
+        scale, shift, row_sum, offset: of `epilogue`.
+        grid: [4] of the result.
+        kind: "geglu", "gelu" or "gelu_tanh".
+
+    Returns:
+        int8 [M, N].
+    """
+    hidden = epilogue(accumulate_linear(x, weight), scale, shift, None, 0.0, row_sum, offset, torch.float32)
+    return geglu(hidden, grid) if kind == "geglu" else gelu(hidden, grid, kind == "gelu_tanh")

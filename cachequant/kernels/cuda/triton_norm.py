@@ -1,4 +1,8 @@
-"""Triton normalisations that end in integers: GroupNorm + SiLU of one image or of two halves, LayerNorm with modulation."""
+"""Triton normalisations: GroupNorm + SiLU of one image or of two halves, LayerNorm with modulation, both ending in integers.
+
+A group norm is three launches (moments of chunks, their merge, the output), each of which reads whole rows of pixels and
+fills the card at every size; one program a group, which needs one launch, took two to four times as long on an H100.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +13,8 @@ from torch import Tensor
 
 from cachequant.kernels.cuda.triton_pointwise import Pad, padded_pixel, round_to_grid
 
-SMALL_IMAGE = 1024
-"""Pixels up to which one program normalises a whole group; larger images take three launches that read rows in full."""
-
-
-@triton.jit
-def _load_group(x, y, at, channel, first, second, valid):
-    """Values at pixel numbers `at` [R] of channels [K] of concat(x, y), widths `first` and `second`, in float32."""
-    left = valid & (channel < first)[None, :]
-    right = valid & (channel >= first)[None, :]
-    value = tl.load(x + at[:, None] * first + channel[None, :], left, other=0.0).to(tl.float32)
-    return value + tl.load(y + at[:, None] * second + (channel - first)[None, :], right, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _normalised(value, channel, weight, bias, mean, scale, valid, activate: tl.constexpr):
-    """(value - mean)·scale·weight + bias, then SiLU."""
-    gain = tl.load(weight + channel, valid, other=0.0).to(tl.float32)
-    base = tl.load(bias + channel, valid, other=0.0).to(tl.float32)
-    y = (value - mean) * scale * gain[None, :] + base[None, :]
-    return y * tl.sigmoid(y) if activate else y
-
-
-@triton.jit
-def _store_halves(out_x, out_y, grids, y, at, channel, first, second, inside, valid):
-    """Quantise each half on its grid, the grid's zero outside the image."""
-    left = valid & (channel < first)[None, :]
-    right = valid & (channel >= first)[None, :]
-    q = tl.where(inside[:, None], round_to_grid(y, grids), tl.load(grids + 1).to(tl.int8))
-    tl.store(out_x + at[:, None] * first + channel[None, :], q, left)
-    if second > 0:
-        q = tl.where(inside[:, None], round_to_grid(y, grids + 4), tl.load(grids + 5).to(tl.int8))
-        tl.store(out_y + at[:, None] * second + (channel - first)[None, :], q, right)
-
-
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_h", "out_w", "left", "top"])
-def _group_kernel(
-    x, y, shift, weight, bias, grids, out_x, out_y, first, second, pixels, height, width, out_h, out_w, left, top, eps,
-    per_group: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr,
-):  # fmt: skip
-    """One group of one image: mean, then spread, then the output; the second and third reading come from the cache."""
-    batch = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    inner = tl.arange(0, block_c)
-    channel = group * per_group + inner
-    real = inner < per_group
-    add = tl.zeros([block_c], dtype=tl.float32)
-    if has_shift:
-        add = tl.load(shift + batch * (first + second) + channel, real, other=0.0).to(tl.float32)
-    total = tl.zeros([rows, block_c], dtype=tl.float32)
-    for start in range(0, pixels, rows):
-        pixel = start + tl.arange(0, rows)
-        valid = (pixel < pixels)[:, None] & real[None, :]
-        value = _load_group(x, y, batch * pixels + pixel, channel, first, second, valid)
-        total += tl.where(valid, value + add[None, :], 0.0)
-    mean = tl.sum(total) / (pixels * per_group)
-    total = tl.zeros([rows, block_c], dtype=tl.float32)
-    for start in range(0, pixels, rows):
-        pixel = start + tl.arange(0, rows)
-        valid = (pixel < pixels)[:, None] & real[None, :]
-        value = _load_group(x, y, batch * pixels + pixel, channel, first, second, valid) + add[None, :] - mean
-        total += tl.where(valid, value * value, 0.0)
-    scale = tl.rsqrt(tl.sum(total) / (pixels * per_group) + eps)
-    for start in range(0, out_h * out_w, rows):
-        pixel = start + tl.arange(0, rows)
-        _, row, column, inside = padded_pixel(pixel, out_h, out_w, left, top, height, width)
-        valid = (pixel < out_h * out_w)[:, None] & real[None, :]
-        at = batch * pixels + row * width + column
-        value = _load_group(x, y, at, channel, first, second, valid & inside[:, None]) + add[None, :]
-        made = _normalised(value, channel, weight, bias, mean, scale, real, activate)
-        place = batch * (out_h * out_w) + pixel
-        _store_halves(out_x, out_y, grids, made, place, channel, first, second, inside, valid)
+APPLY_BLOCK = 2048
+"""Values of one program of the output."""
 
 
 @triton.jit(do_not_specialize=["pixels", "begin"])
@@ -113,7 +48,7 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "pieces"])
 def _merge_kernel(
-    means, squares, shift, weight, bias, affine, pixels, pieces, channels, eps, chunk: tl.constexpr,
+    means, squares, shift, shift_stride, weight, bias, affine, pixels, pieces, channels, eps, chunk: tl.constexpr,
     per_group: tl.constexpr, block_c: tl.constexpr, block_p: tl.constexpr, has_shift: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks' moments (Chan et al.) into y = x·affine[0] + affine[1] of every channel of one group."""
@@ -123,7 +58,7 @@ def _merge_kernel(
     real = inner < per_group
     add = tl.zeros([block_c], dtype=tl.float32)
     if has_shift:
-        add = tl.load(shift + batch * channels + channel, real, other=0.0).to(tl.float32)
+        add = tl.load(shift + batch * shift_stride + channel, real, other=0.0).to(tl.float32)
     piece = tl.arange(0, block_p)
     valid = (piece < pieces)[:, None] & real[None, :]
     at = (batch * pieces + piece)[:, None] * channels + channel[None, :]
@@ -142,9 +77,9 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["begin", "height", "width", "out_h", "out_w", "left", "top"])
 def _apply_kernel(
     x, affine, grid, out, width_x, channels, begin, height, width, out_h, out_w, left, top,
-    rows: tl.constexpr, block_c: tl.constexpr, activate: tl.constexpr,
+    rows: tl.constexpr, block_c: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
 ):  # fmt: skip
-    """y = x·a + b, SiLU, integers, of one part into its padded copy."""
+    """y = x·a + b, SiLU, integers if wanted, of one part into its padded copy."""
     batch = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * rows + tl.arange(0, rows)
     channel = tl.program_id(2) * block_c + tl.arange(0, block_c)
@@ -157,8 +92,12 @@ def _apply_kernel(
     base = tl.load(affine + (batch * 2 + 1) * channels + begin + channel, real, other=0.0)
     y = value * gain[None, :] + base[None, :]
     y = y * tl.sigmoid(y) if activate else y
-    q = tl.where(inside[:, None], round_to_grid(y, grid), tl.load(grid + 1).to(tl.int8))
-    tl.store(out + (batch * out_h * out_w + pixel)[:, None] * width_x + channel[None, :], q, valid)
+    place = (batch * out_h * out_w + pixel)[:, None] * width_x + channel[None, :]
+    if integer:
+        q = tl.where(inside[:, None], round_to_grid(y, grid), tl.load(grid + 1).to(tl.int8))
+        tl.store(out + place, q, valid)
+    else:
+        tl.store(out + place, y.to(out.dtype.element_ty), valid)
 
 
 def group_norm(
@@ -172,32 +111,28 @@ def group_norm(
     grids: Tensor,
     pad: Pad,
 ) -> list[Tensor]:
-    """See `cachequant.kernels.cuda.reference.group_norm`; one or two contiguous parts."""
+    """See `cachequant.kernels.cuda.reference.group_norm`; one or two contiguous parts, shift with rows of any stride."""
     b, h, w, _ = parts[0].shape
     left, right, top, bottom = pad
     size = (h + top + bottom, w + left + right)
+    affine = _affine(parts, shift, weight, bias, groups, eps)
     outs = [torch.empty(b, *size, part.shape[3], dtype=torch.int8, device=part.device) for part in parts]
-    if h * w > SMALL_IMAGE:
-        _large(parts, outs, shift, weight, bias, groups, eps, activate, grids, (left, top), size)
-        return outs
-    first = parts[0].shape[3]
-    second = parts[1].shape[3] if len(parts) > 1 else 0
-    per_group = (first + second) // groups
-    block_c = triton.next_power_of_2(per_group)
-    rows = max(1, min(triton.next_power_of_2(h * w), 4096 // block_c))
-    _group_kernel[(b, groups)](
-        parts[0], parts[-1], weight if shift is None else shift, weight, bias, grids, outs[0], outs[-1], first, second,
-        h * w, h, w, *size, left, top, eps, per_group=per_group, block_c=block_c, rows=rows,
-        has_shift=shift is not None, activate=activate,
-    )  # fmt: skip
+    begin = 0
+    for part, out, grid in zip(parts, outs, grids, strict=True):
+        _apply(part, affine, begin, grid, out, (left, top), activate)
+        begin += part.shape[3]
     return outs
 
 
-def _large(
-    parts: list[Tensor], outs: list[Tensor], shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float,
-    activate: bool, grids: Tensor, corner: tuple[int, int], size: tuple[int, int],
-) -> None:  # fmt: skip
-    """Moments of chunks, their merge, the output: every launch reads whole rows of pixels."""
+def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """GroupNorm of a contiguous [B, H, W, C] in its own type."""
+    out = torch.empty_like(x)
+    _apply(x, _affine([x], None, weight, bias, groups, eps), 0, None, out, (0, 0), activate=False)
+    return out
+
+
+def _affine(parts: list[Tensor], shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """The norm of concat(parts) + shift as y = x·a + b of every channel: [B, 2, C] in float32."""
     b, h, w, _ = parts[0].shape
     channels, device = sum(part.shape[3] for part in parts), parts[0].device
     chunk = max(64, triton.next_power_of_2(triton.cdiv(h * w, 64)))
@@ -213,19 +148,25 @@ def _large(
         begin += part.shape[3]
     per_group = channels // groups
     _merge_kernel[(b, groups)](
-        means[0], means[1], weight if shift is None else shift, weight, bias, affine, h * w, pieces, channels, eps,
-        chunk=chunk, per_group=per_group, block_c=triton.next_power_of_2(per_group),
+        means[0], means[1], weight if shift is None else shift, 0 if shift is None else shift.stride(0), weight, bias,
+        affine, h * w, pieces, channels, eps, chunk=chunk, per_group=per_group, block_c=triton.next_power_of_2(per_group),
         block_p=triton.next_power_of_2(pieces), has_shift=shift is not None,
     )  # fmt: skip
-    begin = 0
-    for i, (part, out) in enumerate(zip(parts, outs, strict=True)):
-        block = min(128, triton.next_power_of_2(part.shape[3]))
-        rows = 4096 // block
-        _apply_kernel[(b, triton.cdiv(size[0] * size[1], rows), triton.cdiv(part.shape[3], block))](
-            part, affine, grids[i], out, part.shape[3], channels, begin, h, w, *size, *corner,
-            rows=rows, block_c=block, activate=activate,
-        )  # fmt: skip
-        begin += part.shape[3]
+    return affine
+
+
+def _apply(
+    part: Tensor, affine: Tensor, begin: int, grid: Tensor | None, out: Tensor, corner: tuple[int, int], activate: bool
+) -> None:
+    """One part, whose channels begin at `begin` in `affine`, into `out`; `corner` is its place there."""
+    b, h, w, width = part.shape
+    _, out_h, out_w, _ = out.shape
+    block = min(128, triton.next_power_of_2(width))
+    rows = APPLY_BLOCK // block
+    _apply_kernel[(b, triton.cdiv(out_h * out_w, rows), triton.cdiv(width, block))](
+        part, affine, affine if grid is None else grid, out, width, affine.shape[2], begin, h, w, out_h, out_w, *corner,
+        rows=rows, block_c=block, activate=activate, integer=grid is not None,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "per_batch", "plane"])

@@ -25,6 +25,23 @@ def round_to_grid(x: tl.tensor, grid: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def normal_cdf(x: tl.tensor) -> tl.tensor:
+    """Φ(x) = ½(1 + erf(x/√2)), within 2e-7 (Abramowitz & Stegun 7.1.28): half the instructions of the library's erf.
+
+    The power overflows to infinity for |x| > 18, where 1 - 0 is the answer.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    y = 2.765672e-4 + z * 4.30638e-5
+    y = 9.2705272e-3 + z * (1.520143e-4 + z * y)
+    y = 1.0 + z * (0.0705230784 + z * (0.0422820123 + z * y))
+    y = y * y
+    y = y * y
+    y = y * y
+    tail = 0.5 / (y * y)
+    return tl.where(x < 0, tail, 1.0 - tail)
+
+
+@triton.jit
 def padded_pixel(
     pixel: tl.tensor,
     out_h: tl.tensor,
@@ -81,7 +98,7 @@ def _geglu_kernel(x, grid, out, count, channels, rows: tl.constexpr, columns: tl
     at = row.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
     value = tl.load(x + at, valid, other=0.0).to(tl.float32)
     gate = tl.load(x + at + channels, valid, other=0.0).to(tl.float32)
-    y = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    y = value * gate * normal_cdf(gate)
     tl.store(out + row.to(tl.int64)[:, None] * channels + channel[None, :], round_to_grid(y, grid), valid)
 
 
@@ -103,7 +120,7 @@ def _gelu_kernel(x, grid, out, count, tanh: tl.constexpr, block: tl.constexpr):
     if tanh:  # ½(1 + tanh y) = sigmoid(2y)
         y = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
     else:
-        y = value * 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+        y = value * normal_cdf(value)
     tl.store(out + at, round_to_grid(y, grid), at < count)
 
 

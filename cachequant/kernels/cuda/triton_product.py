@@ -58,7 +58,7 @@ def _finish(
 
 
 @triton.jit
-def _tile(m, n, block_m: tl.constexpr, block_n: tl.constexpr):
+def tile_of(m: tl.tensor, n: tl.tensor, block_m: tl.constexpr, block_n: tl.constexpr) -> tl.tensor:
     """The tile of this program: eight rows of tiles at a time, so that neighbours share what they read."""
     tiles_m = tl.cdiv(m, block_m)
     tiles_n = tl.cdiv(n, block_n)
@@ -75,7 +75,7 @@ def _linear_kernel(
     has_shift: tl.constexpr, has_source: tl.constexpr, has_offset: tl.constexpr, integer: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = _tile(m, n, block_m, block_n)
+    tile_m, tile_n = tile_of(m, n, block_m, block_n)
     row = tile_m * block_m + tl.arange(0, block_m)
     column = tile_n * block_n + tl.arange(0, block_n)
     total = tl.zeros([block_m, block_n], dtype=tl.int32)
@@ -104,7 +104,7 @@ def _conv_kernel(
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     """A product whose k runs over the taps of the window and, within each, over the channels."""
-    tile_m, tile_n = _tile(m, n, block_m, block_n)
+    tile_m, tile_n = tile_of(m, n, block_m, block_n)
     row = tile_m * block_m + tl.arange(0, block_m)
     column = tile_n * block_n + tl.arange(0, block_n)
     image_row = ((row // out_w) % out_h) * stride_h

@@ -79,8 +79,8 @@ def _gemm90(tile: tuple[int, int, int], cluster: int, cooperative: int, dtype: t
     return Variant("linear", 90, tile, dtype, (("CLUSTER_M", cluster), ("COOPERATIVE", cooperative)))
 
 
-def _conv90(tile: tuple[int, int, int], dtype: torch.dtype = torch.float16) -> Variant:
-    return Variant("conv2d", 90, tile, dtype, (("CLUSTER_M", 1),))
+def _conv90(tile: tuple[int, int, int], cluster: int = 1, dtype: torch.dtype = torch.float16) -> Variant:
+    return Variant("conv2d", 90, tile, dtype, (("CLUSTER_M", cluster),))
 
 
 def _sm80(operation: str, tile: tuple[int, int, int], stages: int, dtype: torch.dtype = torch.float16) -> Variant:
@@ -98,12 +98,19 @@ VARIANTS: tuple[Variant, ...] = (
     _conv90((64, 128, 128)),
     _conv90((128, 128, 128)),
     _conv90((64, 64, 128)),
+    _conv90((128, 160, 64)),
+    _conv90((128, 160, 64), 2),
+    _conv90((128, 160, 128), 2),
+    _conv90((64, 160, 128)),
+    _conv90((64, 160, 128), 2),
+    _conv90((64, 80, 128)),
+    _conv90((64, 32, 128)),
     _gemm90((128, 128, 128), 2, 0, torch.int8),
     _gemm90((64, 128, 128), 1, 0, torch.int8),
     _gemm90((128, 128, 128), 2, 0, torch.bfloat16),
     _gemm90((64, 128, 128), 1, 0, torch.bfloat16),
-    _conv90((128, 128, 64), torch.bfloat16),
-    _conv90((64, 128, 128), torch.bfloat16),
+    _conv90((128, 128, 64), dtype=torch.bfloat16),
+    _conv90((64, 128, 128), dtype=torch.bfloat16),
     _sm80("linear", (128, 128, 64), 4),
     _sm80("linear", (64, 64, 64), 5),
     _sm80("conv2d", (128, 128, 64), 4),
@@ -112,7 +119,9 @@ VARIANTS: tuple[Variant, ...] = (
     _sm80("conv2d", (128, 128, 64), 4, torch.bfloat16),
     _sm80("linear", (128, 128, 64), 4, torch.int8),
 )
-"""All of them; shapes that paid on an H200, and two sizes for older cards."""
+"""All of them. A multiprocessor takes in 64 bytes a clock, so a tile is as good as its operations per byte, as long as there
+are tiles for all 132: 128×160 and clusters that share the weights for large images, narrow tiles for small ones. Two sizes
+serve older cards."""
 
 
 def variants_for(capability: tuple[int, int]) -> tuple[Variant, ...]:

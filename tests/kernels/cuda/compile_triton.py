@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cachequant.kernels.cuda import triton_norm, triton_pointwise, triton_product
+from cachequant.kernels.cuda import triton_feed_forward, triton_norm, triton_pointwise, triton_product
 
 
 class Driver:
@@ -68,13 +68,20 @@ def compile_all() -> None:
             parts = [x[:, :size].contiguous()] * halves
             wide = vector.repeat(halves)
             add = torch.zeros(2, 64 * halves, dtype=dtype) if shift else None
-            triton_norm.group_norm(parts, add, wide, wide, 16, 1e-5, True, grids, (1, 1, 1, 1))
+            triton_norm.group_norm(parts, add, wide, wide, 16, 1e-5, True, grids[:halves], (1, 1, 1, 1))
+        triton_norm.group_norm_float(x, vector, vector, 16, 1e-5)
         for affine, modulate in itertools.product((False, True), (False, True)):
             per_batch = torch.zeros(2, 64, dtype=dtype)
             triton_norm.layer_norm(
                 x.view(2, -1, 64), *((vector, vector) if affine else (None, None)),
                 *((per_batch, per_batch) if modulate else (None, None)), 1e-5, grids,
             )  # fmt: skip
+    hidden, scale = torch.zeros(64, 32, dtype=torch.int8), torch.zeros(64)
+    for blocks, gated, sums in itertools.product(triton_feed_forward.BLOCKS, (False, True), (False, True)):
+        rest = (scale, None, 0.0, scale, scale) if sums else (scale, None, 0.0, None, None)
+        out = hidden if gated else ints
+        operands = triton_product.Operands(scale, *rest)
+        triton_feed_forward.activated(ints, weight, operands, grids[0], gated, not gated, out, blocks)
     for dtype, full, blocks in itertools.product(
         (torch.float16, torch.bfloat16, torch.int8), (False, True), triton_product.BLOCKS
     ):

@@ -24,11 +24,13 @@ def cases() -> dict[str, tuple]:
     tokens = torch.randn(2, 5, 8).half()
     return {
         "int8_linear": (x, w, scale, None, None, 1.0, None, None, torch.float16),
+        "int8_linear_activated": (x, w, scale, shift, None, None, GRIDS[0], "geglu"),
         "int8_conv2d": (
             image, kernel, scale, shift, torch.rand(2, 2, 2, 8).half(), 0.5, torch.rand(2, 2, 2), scale, [2, 2], torch.int8,
         ),
         "quantize_image": (h, GRIDS[0], [1, 1, 1, 1], 2),
         "group_norm_int8": ([h, h + 1], c, torch.rand(16), torch.rand(16), 4, 1e-5, True, GRIDS, [0, 1, 0, 1]),
+        "group_norm_float": (h, torch.rand(8), torch.rand(8), 4, 1e-5),
         "layer_norm_int8": (tokens, torch.rand(8), torch.rand(8), tokens[:, 0].clone(), tokens[:, 1].clone(), 1e-5, GRIDS),
         "geglu_int8": (tokens[0].clone(), GRIDS[0]),
         "gelu_int8": (tokens[0].clone(), GRIDS[1], True),

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with CUDA builds of torch)")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=0: these tests need the interpreter", allow_module_level=True)
 
-from cachequant.kernels.cuda import reference, triton_norm, triton_pointwise, triton_product
+from cachequant.kernels.cuda import reference, triton_feed_forward, triton_norm, triton_pointwise, triton_product
 
 GRIDS = torch.tensor([[1 / 0.031, -17.0, -128.0, 127.0], [1 / 0.053, 40.0, -128.0, 127.0]])
 """Two activations' grids: inverse scale, zero, low, high."""
@@ -83,6 +84,16 @@ def test_geglu(rows, channels):
     assert_same_integers(triton_pointwise.geglu(x, GRIDS[0]), reference.geglu(x.double(), GRIDS[0]))
 
 
+def test_the_normal_distribution_function_is_exact_to_single_precision():
+    """Through GELU, on a grid so fine that an error of 1e-6 would show."""
+    x = torch.linspace(-6.0, 6.0, 4001)[None]
+    for zero in (-1.0, 0.0, 1.0, 3.0):
+        grid = torch.tensor([1e6, -1e6 * zero, -128.0, 127.0])  # ±1.28e-4 around `zero`, in steps of 1e-6
+        found = triton_pointwise.gelu(x, grid, tanh=False).int()
+        exact = F.gelu(x.double(), approximate="none") * 1e6 - 1e6 * zero
+        assert ((found - exact.clamp(-128, 127)).abs() <= 2).all()
+
+
 @pytest.mark.parametrize("tanh", [True, False])
 def test_gelu(tanh):
     x = draw(7, 301)
@@ -99,17 +110,15 @@ def test_window_sum(shape, window, stride):
     assert torch.equal(found, reference.window_sum(x, window, stride))
 
 
-@pytest.mark.parametrize("small_image", [1, 1024])  # the three-launch path, and the one for small images
 @pytest.mark.parametrize(
     ("widths", "size", "groups"),
     [((4,), (1, 1), 2), ((30,), (3, 5), 5), ((64, 32), (9, 8), 32), ((40, 20), (8, 9), 4), ((20, 40), (13, 11), 4)],
 )
 @pytest.mark.parametrize("with_shift", [True, False])
-def test_group_norm(monkeypatch, small_image, widths, size, groups, with_shift):
-    monkeypatch.setattr(triton_norm, "SMALL_IMAGE", small_image)
+def test_group_norm(widths, size, groups, with_shift):
     channels = sum(widths)
     parts = [draw(2, *size, width) + 3.0 for width in widths]  # a mean far from zero
-    shift = draw(2, channels) if with_shift else None
+    shift = draw(2, channels + 7)[:, 3 : channels + 3] if with_shift else None  # a view of wider rows
     weight, bias = draw(channels), draw(channels)
     args = (groups, 1e-5, True, GRIDS[: len(widths)].contiguous(), (1, 1, 1, 1))
     found = triton_norm.group_norm(parts, shift, weight, bias, *args)
@@ -124,6 +133,16 @@ def test_group_norm_without_activation_or_border():
     (found,) = triton_norm.group_norm([x], None, weight, bias, *args)
     (expected,) = reference.group_norm([x], None, weight, bias, *args)
     assert_same_integers(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_group_norm_in_floating_point(dtype):
+    x, weight, bias = draw(2, 9, 8, 24, dtype=dtype) + 3.0, draw(24), draw(24)
+    found = triton_norm.group_norm_float(x, weight, bias, 4, 1e-5)
+    expected = F.group_norm(x.double().permute(0, 3, 1, 2), 4, weight.double(), bias.double(), 1e-5).permute(0, 2, 3, 1)
+    assert found.dtype is dtype
+    tolerance = 2e-3 if dtype is torch.float16 else 1e-5
+    assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("affine", "modulate"), [(True, False), (False, True), (False, False), (True, True)])
@@ -193,6 +212,22 @@ def test_conv2d(shape, n, window, stride, parts):
     out = torch.empty(*total.shape, dtype=torch.float16)
     triton_product.conv2d(x, weight, stride, given, out, BLOCKS)
     assert_product(out, total, given)
+
+
+@pytest.mark.parametrize("parts", [(), ("shift",), ("shift", "row_sum", "offset")])
+@pytest.mark.parametrize("kind", ["geglu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 2), (17, 33, 40), (40, 20, 70)])
+def test_feed_forward(m, n, k, kind, parts):
+    """Tiles that overhang on every side, values and gates from the two halves of one weight."""
+    gated = kind == "geglu"
+    x, weight = integers(m, k), integers(n * (2 if gated else 1), k)
+    given = operands(len(weight), (m,), torch.int8, *parts)
+    offset = None if given.offset is None else given.offset * 0.02
+    given = given._replace(source=None, scale=given.scale * 0.02, offset=offset)  # activations around 1
+    out = torch.empty(m, n, dtype=torch.int8)
+    triton_feed_forward.activated(x, weight, given, GRIDS[0], gated, kind == "gelu_tanh", out, BLOCKS)
+    expected = reference.activated(x, weight, given.scale, given.shift, given.row_sum, given.offset, GRIDS[0], kind)
+    assert_same_integers(out, expected)
 
 
 @pytest.mark.slow

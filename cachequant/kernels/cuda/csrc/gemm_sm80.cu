@@ -29,7 +29,19 @@ using MultiplyAdd = evt::VisitorCompute<cutlass::homogeneous_multiply_add, T, fl
 using Row = evt::VisitorRowBroadcast<Map, float, cute::Stride<cute::_0, cute::_1, int32_t>>;
 using Column = evt::VisitorColBroadcast<Map, float, cute::Stride<cute::_1, cute::_0, int32_t>>;
 using Pitch = cute::Stride<int64_t, cute::_1, int64_t>;
-using Load = evt::VisitorAuxLoad<Map, Source, Pitch>;
+
+// CUTLASS's load reads through a null pointer; its guard against the matrix's border, given an empty matrix, lets it read
+// nothing and gives zeros.
+struct Load : evt::VisitorAuxLoad<Map, Source, Pitch> {
+  using Base = evt::VisitorAuxLoad<Map, Source, Pitch>;
+  using Base::Base;
+
+  template <class Shape>
+  CUTLASS_DEVICE auto get_callbacks(cutlass::gemm::GemmCoord tile, int thread, Shape shape) {
+    if (!Base::params_ptr->ptr_aux) cute::get<0>(shape) = 0;
+    return Base::get_callbacks(tile, thread, shape);
+  }
+};
 using Shift = evt::Sm80EVT<MultiplyAdd<float>, Column, Row, Row>;
 using Added = evt::Sm80EVT<MultiplyAdd<float>, evt::VisitorScalarBroadcast<float>, Load, Shift>;
 using Scaled = evt::Sm80EVT<MultiplyAdd<Out>, Row, evt::VisitorAccFetch, Added>;
