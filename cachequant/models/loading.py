@@ -116,17 +116,17 @@ def torch_device(name: str) -> torch.device:
 def identify(pipe: Any, guidance_scale: float | None) -> ModelIdentity:
     """Exact names of the denoiser, the scheduler and the guidance mode, before anything was replaced in them."""
     denoiser = denoiser_of(pipe)
-    scheduler = f"{type(pipe.scheduler).__name__}-{_settings_hash(pipe.scheduler)}"
+    scheduler = part_name(type(pipe.scheduler), dict(pipe.scheduler.config))
     guided = guidance_scale is not None and guidance_scale > 1
-    model = f"{type(denoiser).__name__}-{_settings_hash(denoiser)}"
+    model = part_name(type(denoiser), dict(getattr(denoiser, "config", {})))
     origin = vars(denoiser).get("_cachequant_origin")  # built from a plan: its quantised weights are not there to hash
     return ModelIdentity(model, origin or weights_hash(denoiser), scheduler, "cfg" if guided else "none")
 
 
-def _settings_hash(part: Any) -> str:
-    """Hash of a diffusers part's configuration, the same before and after it was saved as JSON."""
-    config = dict(getattr(part, "config", {}))
-    return content_hash({k: json.dumps(v, default=str) for k, v in config.items() if not k.startswith("_")})[:12]
+def part_name(kind: type, config: dict[str, Any]) -> str:
+    """Class of a diffusers part and a hash of its configuration, the same before and after it was saved as JSON."""
+    settings = {key: json.dumps(value, default=str) for key, value in config.items() if not key.startswith("_")}
+    return f"{kind.__name__}-{content_hash(settings)[:12]}"
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cachequant.errors import UserError
 from cachequant.models.adapter import denoiser_of
+from cachequant.models.loading import load_pipeline, part_name
 from cachequant.plan import Plan
 from cachequant.types import QuantState, Remainder
 
@@ -50,7 +51,7 @@ def build_skeleton(plan: Plan) -> nn.Module:
             "this plan holds no denoiser, expected a quantised one: load the model and enable the plan on it"
         )
     with torch.device("meta"):
-        denoiser: nn.Module = _make(plan.remainder.recipe, "denoiser", nn.Module)
+        denoiser: nn.Module = _make(plan.remainder.recipe, "denoiser", plan.identity.model)
     for name, tensor in plan.remainder.tensors.items():
         order = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format  # as `load_pipeline` has it
         _put(denoiser, name, torch.empty_like(tensor, memory_format=order).copy_(tensor))  # strides and all
@@ -68,14 +69,12 @@ def build_pipeline(plan: Plan) -> Any:
     Raises:
         UserError: as `build_skeleton`, or the other parts cannot be loaded.
     """
-    from cachequant.models.loading import load_pipeline
-
     denoiser = build_skeleton(plan)
     assert plan.remainder is not None
     recipe = plan.remainder.recipe
     if recipe.get("others"):
         return load_pipeline(plan.config.model, "cpu", **{_role(recipe): denoiser})
-    scheduler = _make(recipe, "scheduler", object)
+    scheduler = _make(recipe, "scheduler", plan.identity.scheduler)
     kind = _class(recipe.get("pipeline"))
     with _one_line("pipeline"):
         return kind(**{_role(recipe): denoiser, "scheduler": scheduler})
@@ -141,14 +140,15 @@ def _class(name: Any) -> Any:
         ) from None
 
 
-def _make(recipe: dict[str, Any], part: str, kind: type) -> Any:
-    """A part of the pipeline, which must be a `kind`, from its class and configuration."""
+def _make(recipe: dict[str, Any], part: str, name: str) -> Any:
+    """A part of the pipeline from its class and configuration, which must be those that the plan's identity names."""
     with _one_line(part):
         entry = dict(recipe[part])
-        made = _class(entry["class"]).from_config(dict(entry["config"]))
-        if not isinstance(made, kind):
-            raise TypeError(f"{entry['class']} is no {kind.__name__}")
-        return made
+        kind, config = _class(entry["class"]), dict(entry["config"])
+        found = part_name(kind, config)
+        if found != name:  # told before anything of forged sizes is built
+            raise ValueError(f"it is {found}, the plan was made for {name}")
+        return kind.from_config(config)
 
 
 def _role(recipe: dict[str, Any]) -> str:
