@@ -36,7 +36,10 @@ NOT_RUN = {
     "make": "changes the environment, then calls what other tests call",
     "cachequant convert --family sd-v1": "needs a tokenizer from the hub; tests/models/original has such checkpoints",
     "cachequant convert --family dit-xl2": "needs a first stage from the hub; tests/models/original has such checkpoints",
+    "cachequant bench configs/stable_diffusion.yaml --device cuda": "needs a GPU",
     "python scripts/ablation.py": "draws thousands of images and needs a data set; tests/test_ablation.py has its parts",
+    "python scripts/reproduce.py --table cifar": "draws thousands of images; tests/test_reproduce.py runs it with few",
+    "python scripts/reproduce.py --table imagenet": "needs the released checkpoint and a reference of 2 GB",
     "python -m tests.fuzz": "takes half an hour; tests/fuzz runs a share of it",
 }
 """Beginnings of commands -> why a test cannot run them. They are parsed by what they call, and its --help is run."""
@@ -81,7 +84,7 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     toys = {"ddpm-cifar10": lambda: pixel_unet(3, layers=2), "sd-v1": lambda: cross_unet(4, 16)}
-    monkeypatch.setattr("cachequant.models.architectures.NETWORKS", toys)
+    monkeypatch.setattr("cachequant.models.architectures.random_denoiser", lambda family, *_: toys[family]())
     return folder
 
 
@@ -217,11 +220,7 @@ def test_a_model_is_added_in_the_three_steps_that_are_printed(tmp_path: Path, mo
     name = re.findall(r"cachequant run (\S+)", section)[0]
     Path(name).write_text(settings, encoding="utf-8")
     assert set(yaml.safe_load(settings)) == {"model", "sampler", "cache"}
-    small = [
-        word
-        for item in ("calibration.samples=2", "calibration.batch_size=2", "sample.count=2")
-        for word in ("--set", item)
-    ]
+    small = [word for item in SMALL for word in ("--set", item)]
     for words in steps:
         assert main([*words, *(small if words[0] == "run" else [])]) == 0
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
