@@ -22,7 +22,7 @@ from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.step import cache_of
-from cachequant.plan import ModelIdentity, Plan
+from cachequant.plan import Plan
 from cachequant.quant.convert import QuantizedNetwork
 from cachequant.quant.deploy import Deployment, attach
 
@@ -74,17 +74,17 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     if find(pipe) is not None:
         raise UserError("this pipeline is enabled already, expected a plain one: call cachequant.disable(pipe) first")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    _refuse_mismatch(identify(pipe, plan.config.sampler.guidance_scale), plan.identity)
+    plan.identity.refuse_other(identify(pipe, plan.config.sampler.guidance_scale))
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
     cache = cache_of(plan, structure)
     network = _install(structure, plan, cache, chosen)
-    step = deployed_step(structure, cache, plan.correction, network)
 
     def check(call: Call) -> None:
         _check_guidance(pipe, plan, structure, call)
 
-    hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
     try:
+        step = deployed_step(structure, cache, plan.correction, network)
+        hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
         hook.install()
     except BaseException:
         _uninstall(structure, network)
@@ -178,16 +178,9 @@ def _require(pipe: Any) -> Acceleration:
 def _install(
     structure: Adapter, plan: Plan, cache: FeatureCache, backend: Backend
 ) -> QuantizedNetwork | Deployment | None:
-    """Swap the plan's layers in; every name is checked before the first is touched."""
+    """Swap the plan's layers in; all are checked before the first is touched."""
     if plan.quant is None:
         return None
-    names = dict(structure.denoiser.named_modules())
-    missing = [name for name in plan.quant.layers if name not in names]
-    if missing or not plan.quant.layers:
-        what = f"{len(missing)} of its layers such as {missing[0]}" if missing else "no layer at all"
-        raise UserError(
-            f"the plan quantises {what} that this {type(structure.denoiser).__name__} lacks: calibrate for it"
-        )
     network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())
     structure.rebuild()
     return network
@@ -198,17 +191,6 @@ def _uninstall(structure: Adapter, network: QuantizedNetwork | Deployment | None
     if network is not None:
         network.remove()
     structure.rebuild()
-
-
-def _refuse_mismatch(found: ModelIdentity, expected: ModelIdentity) -> None:
-    """Name the first field in which a pipeline is not the plan's."""
-    for name in ("model", "weights", "scheduler", "guidance"):
-        got, want = getattr(found, name), getattr(expected, name)
-        if got != want:
-            raise UserError(
-                f"this pipeline's {name} is {got[:32]}, the plan was made for {want[:32]}: "
-                "load that model and scheduler, or calibrate for this one"
-            )
 
 
 def _check_guidance(pipe: Any, plan: Plan, structure: Adapter, call: Call) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -15,25 +16,45 @@ from cachequant.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 0
-    return guarded(lambda: args.run(args))
+
+    def action() -> None:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        args.run(args) if hasattr(args, "run") else parser.print_help()
+
+    return guarded(action)
 
 
 def guarded(action: Callable[[], None]) -> int:
-    """Run `action`; a user's mistake or an interruption becomes one line and an exit status."""
+    """Run `action`; what a user or the machine did wrong becomes one line and an exit status."""
     try:
         action()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted: finished stages are kept, run the same command to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell a user; None of an error that is ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        name = str(error.filename or "a file")
+        return f"cannot use {name[:80]}: {error.strerror or error}; choose another file or folder"
+    kind, text = type(error).__name__, str(error)  # torch has a class for GPUs, and words for the CPU
+    is_full = kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text
+    return "out of memory: lower calibration.batch_size and sample.batch_size" if is_full else None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ class ModelConfig:
 
     `path`: diffusers folder (relative to the repository), hub id, or an original checkpoint file. `family`: one of
     `FAMILIES`; a file needs it, a folder or hub id gets its sampler. `original_config`, `weights`: as in
-    `cachequant convert`, for a file.
+    `cachequant convert`, for a file. `name`: of the run's folder in `output`.
     """
 
     path: str = ""
@@ -38,8 +38,9 @@ class ModelConfig:
 
 @dataclass
 class SamplerConfig:
-    """How the pipeline is called. `guidance_scale` is None for a model without classifier-free guidance.
+    """How the pipeline is called: `steps` of the sampler, `eta` of DDIM (0 is deterministic).
 
+    `guidance_scale`: of classifier-free guidance, None for a model without it.
     `prompts`: file of `cachequant.models.prompts`. `labels`: class ids, cycled; None spreads the images over all classes.
     """
 
@@ -52,7 +53,7 @@ class SamplerConfig:
 
 @dataclass
 class CacheConfig:
-    """What is reused and how often.
+    """What is reused and how often: `interval` is the average number of evaluations that share one feature.
 
     `refreshes`: full steps of a run, None is ceil(steps / interval). `budget_ms` or `speedup` choose both, and the
     interval with them, from measured step times: milliseconds of a run of `sample.batch_size` images without decoding, or
@@ -75,7 +76,10 @@ class CacheConfig:
 
 @dataclass
 class ScheduleConfig:
-    """`kind`: uniform, power or dps. `cost`: of `cachequant.costs`. `fallback`: measure uniform too and keep the better."""
+    """`kind`: uniform, power or dps. `cost`: of `cachequant.costs`. `fallback`: measure uniform too and keep the better.
+
+    `center`, `power`: of DeepCache's schedule (`kind: power`), dense around step `center`, the denser the larger `power`.
+    """
 
     kind: str = "dps"
     cost: str = "l1"
@@ -88,6 +92,7 @@ class ScheduleConfig:
 class CorrectionConfig:
     """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers.
 
+    `cache`: correct the reused feature; `forecast`: from two features, the one refreshed a group earlier beside the newest.
     `ridge`, `inflation`: of `cachequant.correction.Moments.solve`; the inflation is that of the cached feature's map.
     `output` maps the prediction too, with x_t as second regressor (free_running only): none, least_squares towards the
     full-precision model at the same x_t, or spread, which on cached steps also keeps the spread of its trajectories.
@@ -106,6 +111,8 @@ class CorrectionConfig:
 class QuantConfig:
     """Bits and range search. `ends_bits`, `attention_bits` None: end convolutions, attention operands stay as they are.
 
+    `enabled`: quantise at all. `weight_bits`, `activation_bits`: of every layer between the ends; `time_embedding`: those of
+    the time embedding too. `weight_search`, `activation_search`: how ranges are found, of `cachequant.quant.affine`.
     `weight_symmetric`: weight grids around zero; the paper's are not, which costs the GPU's kernels a sum per activation.
     """
 
@@ -127,7 +134,8 @@ class CalibrationConfig:
     `dps_samples` of them, in whole batches, measure the distances of the schedule; stages 2 and 5 draw `dec_samples` fresh
     ones; None is as many as `samples`. The network sees `batch_size` samples at once, also in free-running fits, where all
     samples advance together; only `correction.layers=all` takes them in one batch, since every layer's fit must be in use
-    before the next layer. `prompts`: the calibration's, disjoint from the sampler's; None takes those.
+    before the next layer. `prompts`: the calibration's, disjoint from the sampler's; None takes those. `seed`: of the first
+    trajectory.
     """
 
     samples: int = 16
@@ -142,7 +150,7 @@ class CalibrationConfig:
 
 @dataclass
 class SampleConfig:
-    """Stage 6: how many images, in batches of what size, from which first seed."""
+    """Stage 6: `count` images, `batch_size` at once, the first from the noise of `seed`, each from the next."""
 
     count: int = 16
     batch_size: int = 16
@@ -151,7 +159,11 @@ class SampleConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`."""
+    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`.
+
+    `method`: name of a file in configs/method, or the path of a YAML, whose keys lie under those of the model's file.
+    `output`: folder of run folders. `device`: auto, cpu, cuda or cuda:N.
+    """
 
     method: str = "best"
     output: str = "runs"
@@ -239,15 +251,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     extra = _parse_overrides(overrides or [])
     base = read_yaml(repository_folder() / "configs" / "_base.yaml")
     try:
+        _reject_unknown(own, path.name)
+        _reject_unknown(extra, "--set")
         method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
         method_yaml = read_yaml(method_path(str(method)))
-        _reject_unknown(own, path.name)
         _reject_unknown(method_yaml, f"method {method}")
-        _reject_unknown(extra, "--set")
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
         resolved = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
+    except (OmegaConfBaseException, RecursionError) as error:
+        place = getattr(error, "full_key", None)
+        key = f"{place}: " if place else ""
         raise UserError(f"{path}: {key}{_first_line(error)}; expected the types in cachequant/config.py") from None
     assert isinstance(resolved, RunConfig)
     validate(resolved)
@@ -277,7 +290,7 @@ def config_from_dict(values: dict[str, Any], changes: DictConfig | None = None) 
     try:
         layers = (OmegaConf.create(values), changes or OmegaConf.create({}))
         resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"configuration: {_first_line(error)}") from None
     assert isinstance(resolved, RunConfig)
     validate(resolved)
@@ -293,6 +306,13 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     extra = _parse_overrides(overrides)
     _reject_unknown(extra, "--set")
     return config_from_dict(config_to_dict(config), extra)
+
+
+def allowed_values(key: str) -> str:
+    """What a key such as "cache.interval" accepts beside its type, in words; empty where anything of the type does."""
+    if key in _CHOICES:
+        return ", ".join(str(choice) or '""' for choice in _CHOICES[key])
+    return " to ".join(f"{end:,}" for end in _RANGES[key]) if key in _RANGES else ""
 
 
 def validate(config: RunConfig) -> None:
@@ -311,6 +331,9 @@ def validate(config: RunConfig) -> None:
         value = _lookup(config, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"{key} is {value}, expected {low:g} to {high:g}: correct it in the YAML or with --set")
+    name = config.model.name
+    if name and (Path(name).name != name or name == ".." or "\0" in name):
+        raise UserError(f"model.name is {name[:80]!r}, expected the name of a folder in {config.output}: correct it")
     calibration, correction = config.calibration, config.correction
     if calibration.cached_inputs > calibration.refresh_inputs:
         raise UserError(
@@ -359,7 +382,7 @@ def read_yaml(path: Path) -> DictConfig:
         raise UserError(f"no configuration file {path}; expected a YAML such as configs/fashion.yaml")
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} holds a list or a scalar, expected `key: value` lines")
@@ -372,7 +395,7 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
             raise UserError(f"--set {item!r}: expected key=value, such as cache.interval=5")
     try:
         return OmegaConf.from_dotlist(overrides)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--set {' '.join(overrides)}: {_first_line(error)}") from None
 
 

@@ -25,7 +25,20 @@ from cachequant.storage import (
 )
 from cachequant.types import Correction, QuantState, Remainder, Schedule
 
-SCHEMA = 2
+SCHEMA = 3
+RECORD = {
+    "schema": "version of this format; others are refused",
+    "config": "the resolved configuration that made the plan (configuration.md)",
+    "identity": "what the plan fits to",
+    "timesteps": "training timestep of every evaluation, in sampling order",
+    "schedule": "which evaluations run the whole network",
+    "quantised": "whether quant.safetensors holds layers",
+    "recipe": "for loading from the plan: classes and configurations of denoiser, scheduler and pipeline, or null",
+    "provenance": "versions, seed, keys of the stages' outputs, measured seconds, layers that read the cached feature",
+    "files": "sha256 of every tensor file",
+    "checksum": "sha256 of all other keys as canonical JSON (sorted keys, no spaces)",
+}
+"""Keys of plan.json and their meaning."""
 TENSOR_FILES = ("correction.safetensors", "quant.safetensors", "remainder.safetensors")
 
 
@@ -34,7 +47,7 @@ class ModelIdentity:
     """What a plan fits to; compared field by field when it is enabled.
 
     Attributes:
-        model: class of the denoiser.
+        model: class of the denoiser and its configuration as one hash.
         weights: sha256 over the names, shapes and values of its parameters.
         scheduler: class of the scheduler and the settings that move timesteps or noise levels, as one hash.
         guidance: "none" or "cfg".
@@ -44,6 +57,24 @@ class ModelIdentity:
     weights: str
     scheduler: str
     guidance: str
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in asdict(self).values()):
+            raise ValueError(f"identity holds {asdict(self)}, expected text")
+
+    def refuse_other(self, found: ModelIdentity) -> None:
+        """Refuse a pipeline that this is not the identity of.
+
+        Raises:
+            UserError: names the first field that differs.
+        """
+        for name, want in asdict(self).items():
+            got = getattr(found, name)
+            if got != want:
+                raise UserError(
+                    f"this pipeline's {name} is {got[:32]}, the plan was made for {want[:32]}: "
+                    "load that model and scheduler, or calibrate for this one"
+                )
 
 
 @dataclass(frozen=True)
@@ -125,7 +156,7 @@ class Plan:
             remainder = None
             if record["recipe"] is not None:
                 remainder = Remainder(load_tensors(folder / "remainder.safetensors"), record["recipe"])
-            return Plan(
+            plan = Plan(
                 config_from_dict(record["config"]),
                 ModelIdentity(**record["identity"]),
                 tuple(record["timesteps"]),
@@ -135,8 +166,13 @@ class Plan:
                 record["provenance"],
                 remainder,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / 'plan.json'} is damaged ({error}): make the plan again") from None
+            if not all(isinstance(t, int) for t in plan.timesteps) or len(plan.timesteps) != plan.schedule.num_steps:
+                raise ValueError(f"{len(plan.timesteps)} timesteps for {plan.schedule.num_steps} evaluations")
+            plan.summary()  # which reads what is free in form
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise UserError(f"{folder / 'plan.json'} is damaged ({reason}): make the plan again") from None
+        return plan
 
     def summary(self) -> str:
         """A few lines for people: model, schedule, corrections, bits."""
@@ -183,8 +219,10 @@ def _verify(record: Any, folder: Path) -> None:
     body = {key: value for key, value in record.items() if key != "checksum"}
     if record.get("checksum") != content_hash(body):
         raise UserError(f"{path} was edited or cut short (its checksum does not fit): make the plan again")
+    hashes = record.get("files")
     for name in TENSOR_FILES:
-        if not (folder / name).is_file() or file_hash(folder / name) != record.get("files", {}).get(name):
+        expected = hashes.get(name) if isinstance(hashes, dict) else None
+        if not (folder / name).is_file() or file_hash(folder / name) != expected:
             raise UserError(f"{folder / name} is missing or was changed after the plan was saved: make the plan again")
 
 

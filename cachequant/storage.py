@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ def make_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {folder}: {error.strerror}; choose a writable one") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot make folder {str(folder)[:80]!r}: {reason}; choose a writable one") from None
     return folder
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
+
+    A device or a pipe (/dev/stdout) is written to as it is: a file would take its place.
 
     Raises:
         UserError: the folder is not writable or the disk is full; `path` is as it was.
@@ -41,6 +45,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if str(path.parent) in ("/dev", "/dev/fd") or (path.exists() and not path.is_file() and not path.is_dir()):
+            return write(path)
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -75,7 +81,7 @@ def load_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"no file {path}: run the stage that writes it") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:80]}): make it again") from None
+        raise UserError(f"{path} is damaged ({_start(error)}): make it again") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -92,10 +98,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"no file {path}: run the stage that writes it")
-    try:
+    with _reading(path):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:80]}): make it again") from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What safetensors and the system say of a file that cannot be read, as one line."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged ({_start(error)}): make it again") from None
+
+
+def _start(error: BaseException) -> str:
+    """The beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:80]
 
 
 def file_hash(path: Path) -> str:
@@ -130,12 +148,18 @@ def pack_maps(prefix: str, maps: dict[int, AffineMap]) -> dict[str, Tensor]:
 
 
 def unpack_maps(prefix: str, flat: dict[str, Tensor]) -> dict[int, AffineMap]:
-    """The inverse of `pack_maps`; {} where nothing was saved."""
+    """The inverse of `pack_maps`; {} where nothing was saved.
+
+    Raises:
+        UserError: a tensor is missing, or not of the type and shape that `pack_maps` gives it.
+    """
     if f"{prefix}.steps" not in flat:
         return {}
-    scale, shift = flat[f"{prefix}.scale"], flat[f"{prefix}.shift"]
+    scale, shift = (_checked(flat, f"{prefix}.{name}", torch.float32, 2) for name in ("scale", "shift"))
     previous = flat.get(f"{prefix}.previous")
-    steps = flat[f"{prefix}.steps"].tolist()
+    if previous is not None and (previous.dtype, previous.shape) != (scale.dtype, scale.shape):
+        raise UserError(f"{prefix}.previous is not of the shape of {prefix}.scale: the file is damaged, make it again")
+    steps = _checked(flat, f"{prefix}.steps", torch.int32, 1).tolist()
     if not scale.shape == shift.shape or len(steps) != len(scale):
         raise UserError(f"{prefix} holds {len(steps)} steps for maps of shape {list(scale.shape)}: the file is damaged")
     return {
@@ -205,15 +229,10 @@ def unpack_quant(flat: dict[str, Tensor]) -> QuantState:
     """The inverse of `pack_quant`.
 
     Raises:
-        UserError: a tensor is missing.
+        UserError: a tensor is missing, or not of the type and shape that `pack_quant` gives it.
     """
-    try:
-        layers = {name: _unpack_layer(f"layers.{name}", flat) for name in _names(flat, "layers.", ".widths")}
-        return QuantState(layers, _unpack_operands(flat))
-    except KeyError as error:
-        raise UserError(
-            f"quantisation state lacks tensor {error.args[0]}: the file is damaged, make it again"
-        ) from None
+    layers = {name: _unpack_layer(f"layers.{name}", flat) for name in _names(flat, "layers.", ".widths")}
+    return QuantState(layers, _unpack_operands(flat))
 
 
 class StoredLayers(Mapping[str, LayerQuant]):
@@ -227,14 +246,14 @@ class StoredLayers(Mapping[str, LayerQuant]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with safe_open(path, framework="pt") as handle:
+        with _reading(path), safe_open(path, framework="pt") as handle:
             self._names = _names(handle.keys(), "layers.", ".widths")
 
     def __getitem__(self, name: str) -> LayerQuant:
         if name not in self._names:
             raise KeyError(name)
         prefix = f"layers.{name}"
-        with safe_open(self.path, framework="pt") as handle:
+        with _reading(self.path), safe_open(self.path, framework="pt") as handle:
             flat = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith(f"{prefix}.")}  # noqa: SIM118
         flat = {
             key: value if key.endswith(".weight") else value.clone() for key, value in flat.items()
@@ -255,13 +274,23 @@ def stored_quant(path: Path) -> QuantState:
     Raises:
         UserError: missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as handle:
-            names = [key for key in handle.keys() if key.startswith("operands.")]  # noqa: SIM118
-            operands = {key: handle.get_tensor(key).clone() for key in names}
-        return QuantState(StoredLayers(path), _unpack_operands(operands))
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:80]}): make it again") from None
+    with _reading(path), safe_open(path, framework="pt") as handle:
+        names = [key for key in handle.keys() if key.startswith("operands.")]  # noqa: SIM118
+        operands = {key: handle.get_tensor(key).clone() for key in names}
+    return QuantState(StoredLayers(path), _unpack_operands(operands))
+
+
+def _checked(flat: Mapping[str, Tensor], name: str, dtype: torch.dtype, dims: int) -> Tensor:
+    """The tensor called `name`, which must have this type and so many dimensions."""
+    if name not in flat:
+        raise UserError(f"the file lacks tensor {name}: it is damaged, make it again")
+    tensor = flat[name]
+    if tensor.dtype != dtype or tensor.dim() != dims:
+        found = f"{str(tensor.dtype)[6:]} with {tensor.dim()} dimensions"
+        raise UserError(
+            f"tensor {name} is {found}, expected {str(dtype)[6:]} with {dims}: the file is damaged, make it again"
+        )
+    return tensor
 
 
 def _unpack_operands(flat: dict[str, Tensor]) -> dict[str, ActivationTable]:
@@ -269,16 +298,29 @@ def _unpack_operands(flat: dict[str, Tensor]) -> dict[str, ActivationTable]:
 
 
 def _unpack_layer(prefix: str, flat: dict[str, Tensor]) -> LayerQuant:
-    widths = tuple(int(w) for w in flat[f"{prefix}.widths"])
-    grids, tables = [], []
-    for i in range(len(widths)):
-        p = f"{prefix}.{i}"
-        bits, *shape = flat[f"{p}.weight_grid"].tolist()
-        stored, zero_point = flat[f"{p}.weight"], flat[f"{p}.weight_zero_point"].float()
-        values = unpack_nibbles(stored, tuple(shape)) if bits <= 4 else stored
-        grids.append(WeightGrid(values, flat[f"{p}.weight_scale"], zero_point, bits))
-        tables.append(_unpack_table(f"{p}.input", flat))
-    return LayerQuant(tuple(grids), tuple(tables), widths)
+    widths = tuple(_checked(flat, f"{prefix}.widths", torch.int32, 1).tolist())
+    grids = tuple(_unpack_grid(f"{prefix}.{i}", flat) for i in range(len(widths)))
+    tables = tuple(_unpack_table(f"{prefix}.{i}.input", flat) for i in range(len(widths)))
+    if not widths or widths != tuple(grid.values.shape[1] for grid in grids):
+        raise UserError(
+            f"{prefix}.widths are {list(widths)}, which its weights are not: the file is damaged, make it again"
+        )
+    return LayerQuant(grids, tables, widths)
+
+
+def _unpack_grid(prefix: str, flat: dict[str, Tensor]) -> WeightGrid:
+    """The integer weights of one segment."""
+    bits, *shape = _checked(flat, f"{prefix}.weight_grid", torch.int32, 1).tolist() or [0]
+    scale = _checked(flat, f"{prefix}.weight_scale", torch.float32, 1)
+    zero_point = _checked(flat, f"{prefix}.weight_zero_point", torch.uint8, 1).float()
+    packed = bits <= 4
+    stored = _checked(flat, f"{prefix}.weight", torch.uint8, 1 if packed else len(shape))
+    held = [-(-math.prod(shape) // 2)] if packed else shape
+    if not 2 <= bits <= 8 or len(shape) < 2 or min(shape) < 1 or list(stored.shape) != held:
+        raise UserError(f"{prefix}.weight is not {bits} bits of shape {shape}: the file is damaged, make it again")
+    if not len(scale) == len(zero_point) == shape[0]:
+        raise UserError(f"{prefix} has {shape[0]} channels and {len(scale)} scales: the file is damaged, make it again")
+    return WeightGrid(unpack_nibbles(stored, tuple(shape)) if packed else stored, scale, zero_point, bits)
 
 
 def _pack_table(prefix: str, table: ActivationTable) -> dict[str, Tensor]:
@@ -291,8 +333,19 @@ def _pack_table(prefix: str, table: ActivationTable) -> dict[str, Tensor]:
 
 
 def _unpack_table(prefix: str, flat: dict[str, Tensor]) -> ActivationTable:
-    columns = (flat[f"{prefix}.steps"], flat[f"{prefix}.scale"], flat[f"{prefix}.zero_point"])
-    return ActivationTable(*columns, int(flat[f"{prefix}.bits"]))
+    steps = _checked(flat, f"{prefix}.steps", torch.int32, 1)
+    scale, zero_point = (_checked(flat, f"{prefix}.{name}", torch.float32, 1) for name in ("scale", "zero_point"))
+    bits = int(_checked(flat, f"{prefix}.bits", torch.int32, 0))
+    usable = (
+        len(steps) == len(scale) == len(zero_point)
+        and bool((steps.diff() > 0).all() and (steps >= 0).all())
+        and bool((scale.isfinite() & (scale > 0)).all())
+        and 2 <= bits <= 8
+        and bool(((zero_point >= 0) & (zero_point < 2**bits) & (zero_point == zero_point.round())).all())
+    )
+    if not usable:
+        raise UserError(f"{prefix} is no table of {bits} bit grids by rising steps: the file is damaged, make it again")
+    return ActivationTable(steps, scale, zero_point, bits)
 
 
 def _names(flat: Iterable[str], start: str, end: str) -> list[str]:

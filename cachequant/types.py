@@ -32,6 +32,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         steps = self.refresh_steps
+        if not all(isinstance(value, int) for value in (*steps, self.num_steps, self.interval)):
+            raise ValueError(f"refresh_steps {steps[:8]}, num_steps and interval must be integers")
         ordered = all(a < b for a, b in itertools.pairwise(steps))
         if not steps or steps[0] != 0 or not ordered or steps[-1] >= self.num_steps:
             raise ValueError(

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from cachequant.cli import build_parser, main, stage_main
+from cachequant.cli import build_parser, guarded, main, stage_main
 from cachequant.config import repository_folder
 
 ROOT = repository_folder()
@@ -63,6 +65,51 @@ def test_a_mistake_is_one_line_and_status_two(
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def fill_memory() -> None:
+    torch.empty(2**55)
+
+
+def read_nowhere() -> None:
+    Path("x" * 5000).read_text()
+
+
+def run_out() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (fill_memory, "error: out of memory: lower calibration.batch_size and sample.batch_size"),
+        (run_out, "error: out of memory: lower"),
+        (read_nowhere, "error: cannot use xxx"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    action: Callable[[], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(action) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(message) and len(lines[0]) < 200
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    def fault() -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        guarded(fault)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    program = "import sys; from cachequant.cli import guarded; sys.exit(guarded(lambda: print('x' * 2**20)))"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141 and not errors
 
 
 def test_an_unwritable_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

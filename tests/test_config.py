@@ -164,6 +164,8 @@ def test_a_key_that_resembles_nothing_lists_what_there_is(model: Path) -> None:
         "cache=null",
         "schedule=[dps]",
         "cache.interval.more=1",
+        "calibration=[]",
+        "calibration=3",
     ],
 )
 def test_a_wrong_type_is_refused(model: Path, override: str) -> None:
@@ -205,6 +207,18 @@ def test_a_value_out_of_range_is_refused_with_its_key_and_what_was_expected(
     with pytest.raises(UserError) as caught:
         load_config(model, [override])
     assert override.split("=")[0] in str(caught.value) and expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../escape", "/etc", "a/b", "..", ".", "a/"])
+def test_a_models_name_is_a_folder_of_the_output_and_nowhere_else(model: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.name is .* expected the name of a folder in runs"):
+        load_config(model, [f"model.name={name}"])
+
+
+def test_values_nested_beyond_reason_are_one_line(tmp_path: Path) -> None:
+    for text in ("a: " + "[" * 5000, "sampler: " + "{a: " * 2000, "model: " + "[" * 100 + "1" + "]" * 100):
+        with pytest.raises(UserError):
+            load_config(write(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -366,3 +380,9 @@ def test_loading_does_not_touch_what_was_loaded_before(model: Path) -> None:
     second = load_config(model, ["cache.interval=3"])
     assert first.cache.interval == 5 and second.cache.interval == 3
     assert RunConfig() == RunConfig()
+
+
+@pytest.mark.parametrize("value", ["[]", "3", "null", "text"])
+def test_a_section_that_is_none_is_refused_where_the_base_has_one_too(tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match=r"model\.yaml: calibration is .* expected a section of keys"):
+        load_config(write(tmp_path, f"calibration: {value}\n"))

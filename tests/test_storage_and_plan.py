@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,48 @@ def test_a_state_without_one_of_its_tensors_is_refused(lost: str) -> None:
         unpack_quant(flat)
 
 
+LAYER = "layers.up_blocks.0.resnets.1.conv1"
+Change = Callable[[Tensor], Tensor]
+FORGED: dict[str, tuple[str, Change]] = {
+    "bits": ("0.weight_grid", lambda t: torch.cat([t[:1] * 0 + 99, t[1:]])),
+    "huge": ("1.weight_grid", lambda t: t * 0 + 2**31 - 1),
+    "no shape": ("0.weight_grid", lambda t: t[:0]),
+    "type of weights": ("1.weight", lambda t: t.float()),
+    "shape of weights": ("1.weight", lambda t: t.flatten()),
+    "packed weights": ("0.weight", lambda t: t[:-1]),
+    "scales": ("0.weight_scale", lambda t: t[:-1]),
+    "widths": ("widths", lambda t: t + 1),
+    "no widths": ("widths", lambda t: t[:0]),
+    "steps fall": ("0.input.steps", lambda t: t.flip(0)),
+    "steps below 0": ("0.input.steps", lambda t: t - 9),
+    "steps are real": ("0.input.steps", lambda t: t.float()),
+    "a scale of 0": ("0.input.scale", lambda t: t * 0),
+    "a scale of nothing": ("0.input.scale", lambda t: t * float("nan")),
+    "a short column": ("1.input.scale", lambda t: t[:-1]),
+    "outside the grid": ("0.input.zero_point", lambda t: t + 256),
+    "between grid points": ("0.input.zero_point", lambda t: t * 0 + 0.5),
+    "a list of bits": ("0.input.bits", lambda t: t[None]),
+    "activation bits": ("0.input.bits", lambda t: t + 40),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_state_whose_tensors_are_not_of_its_format_is_refused(what: str) -> None:
+    name, change = FORGED[what]
+    flat = pack_quant(quant_state())
+    with pytest.raises(UserError, match=r"the file is damaged, make it again") as caught:
+        unpack_quant({**flat, f"{LAYER}.{name}": change(flat[f"{LAYER}.{name}"])})
+    assert LAYER in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["steps", "scale", "shift", "previous"])
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[None], lambda t: t[:0]])
+def test_maps_that_are_not_of_their_format_are_refused(name: str, change: Change) -> None:
+    flat = pack_maps("cache", plan().correction.cache)
+    with pytest.raises(UserError, match="the file is damaged"):
+        unpack_maps("cache", {**flat, f"cache.{name}": change(flat[f"cache.{name}"])})
+
+
 def test_maps_whose_rows_do_not_match_are_refused() -> None:
     flat = pack_maps("cache", {1: AffineMap.identity(3), 2: AffineMap.identity(3)})
     with pytest.raises(UserError, match="2 steps for maps of shape"):
@@ -311,6 +355,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
         write_atomically(path, full_disk)
     assert load_json(path) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_pipe_and_a_device_are_written_to_and_stay_what_they_are(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    save_json(pipe, {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1} and pipe.is_fifo()
+    os.close(reader)
+    save_json(Path("/dev/null"), {"a": 1})
+    assert Path("/dev/null").is_char_device() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        save_json(Path("/dev/full"), {"a": 1})
 
 
 def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
@@ -490,10 +547,10 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     for content, message in (
         ("[]", "is not a plan"),
         ("{}", "is not a plan"),
-        ('{"schema": 1}', "has schema 1, expected 2"),
-        ('{"schema": "2"}', "has schema '2', expected 2"),
-        ('{"schema": 2}', "was edited or cut short"),
-        ('{"schema": 2,', "is damaged"),
+        ('{"schema": 1}', "has schema 1, expected 3"),
+        ('{"schema": "3"}', "has schema '3', expected 3"),
+        ('{"schema": 3}', "was edited or cut short"),
+        ('{"schema": 3,', "is damaged"),
         ("", "is damaged"),
     ):
         (tmp_path / "plan.json").write_text(content)
@@ -512,6 +569,14 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
         {"config": {"cache": {"interval": 0}}},
         {"config": []},
         {"timesteps": None},
+        {"timesteps": [900, 700, 500, 300]},
+        {"timesteps": [900, 700, 500, 300, "100"]},
+        {"schedule": {"refresh_steps": [0, 1.5], "num_steps": 5, "interval": 3}},
+        {"identity": {"model": 1, "weights": "", "scheduler": "", "guidance": "none"}},
+        {"provenance": []},
+        {"provenance": {"consumers": [{"name": "conv_in"}]}},
+        {"provenance": {"measured": {"dps_seconds": 1, "trajectories_seconds": 0, "ring_bytes": 1}}},
+        {"files": []},
     ],
     ids=str,
 )

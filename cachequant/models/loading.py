@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,17 @@ def torch_device(name: str) -> torch.device:
 def identify(pipe: Any, guidance_scale: float | None) -> ModelIdentity:
     """Exact names of the denoiser, the scheduler and the guidance mode, before anything was replaced in them."""
     denoiser = denoiser_of(pipe)
-    config = dict(pipe.scheduler.config)
-    settings = {key: str(value) for key, value in config.items() if not key.startswith("_")}
-    scheduler = f"{type(pipe.scheduler).__name__}-{content_hash(settings)[:12]}"
+    scheduler = part_name(type(pipe.scheduler), dict(pipe.scheduler.config))
     guided = guidance_scale is not None and guidance_scale > 1
-    structure = {k: str(v) for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
+    model = part_name(type(denoiser), dict(getattr(denoiser, "config", {})))
     origin = vars(denoiser).get("_cachequant_origin")  # built from a plan: its quantised weights are not there to hash
-    weights = origin or content_hash([weights_hash(denoiser), structure])
-    return ModelIdentity(type(denoiser).__name__, weights, scheduler, "cfg" if guided else "none")
+    return ModelIdentity(model, origin or weights_hash(denoiser), scheduler, "cfg" if guided else "none")
+
+
+def part_name(kind: type, config: dict[str, Any]) -> str:
+    """Class of a diffusers part and a hash of its configuration, the same before and after it was saved as JSON."""
+    settings = {key: json.dumps(value, default=str) for key, value in config.items() if not key.startswith("_")}
+    return f"{kind.__name__}-{content_hash(settings)[:12]}"
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from cachequant.errors import UserError
 from cachequant.models.adapter import denoiser_of
+from cachequant.models.loading import load_pipeline, part_name
 from cachequant.plan import Plan
 from cachequant.types import QuantState, Remainder
 
@@ -49,7 +51,7 @@ def build_skeleton(plan: Plan) -> nn.Module:
             "this plan holds no denoiser, expected a quantised one: load the model and enable the plan on it"
         )
     with torch.device("meta"):
-        denoiser: nn.Module = _make(plan.remainder.recipe["denoiser"])
+        denoiser: nn.Module = _make(plan.remainder.recipe, "denoiser", plan.identity.model)
     for name, tensor in plan.remainder.tensors.items():
         order = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format  # as `load_pipeline` has it
         _put(denoiser, name, torch.empty_like(tensor, memory_format=order).copy_(tensor))  # strides and all
@@ -67,14 +69,15 @@ def build_pipeline(plan: Plan) -> Any:
     Raises:
         UserError: as `build_skeleton`, or the other parts cannot be loaded.
     """
-    from cachequant.models.loading import load_pipeline
-
     denoiser = build_skeleton(plan)
     assert plan.remainder is not None
     recipe = plan.remainder.recipe
-    if recipe["others"]:
-        return load_pipeline(plan.config.model, "cpu", **{recipe["role"]: denoiser})
-    return _class(recipe["pipeline"])(**{recipe["role"]: denoiser, "scheduler": _make(recipe["scheduler"])})
+    if recipe.get("others"):
+        return load_pipeline(plan.config.model, "cpu", **{_role(recipe): denoiser})
+    scheduler = _make(recipe, "scheduler", plan.identity.scheduler)
+    kind = _class(recipe.get("pipeline"))
+    with _one_line("pipeline"):
+        return kind(**{_role(recipe): denoiser, "scheduler": scheduler})
 
 
 def is_skeleton(denoiser: nn.Module) -> bool:
@@ -97,7 +100,10 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         raise UserError(
             f"the plan holds {name}, which its denoiser lacks: the plan is damaged, make it again"
         ) from None
-    if owner._parameters.get(child) is not None:
+    known = owner._parameters.get(child, owner._buffers.get(child))
+    if known is None or (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+        raise UserError(f"the plan's {name} is not as its denoiser has it: the plan is damaged, make it again")
+    if child in owner._parameters:
         owner._parameters[child] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[child] = tensor
@@ -112,22 +118,56 @@ def _recipe(part: Any) -> dict[str, Any]:
     return {"class": _class_name(type(part)), "config": json.loads(part.to_json_string())}
 
 
-def _class(name: str) -> Any:
-    """The class called `name`, which must be one of diffusers or of this package.
+def _class(name: Any) -> Any:
+    """The class called `name`, which must be a configurable one of diffusers or of this package.
 
     Raises:
-        UserError: it is of another package, or not there.
+        UserError: it is of another package, not there, or no such class.
     """
-    module, _, kind = name.rpartition(".")
+    from diffusers import ConfigMixin
+
+    module, _, kind = str(name).rpartition(".")
     try:
         if module.split(".")[0] not in ("diffusers", "cachequant"):
             raise ImportError(f"{name} is neither of diffusers nor of cachequant")
-        return getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), kind)
+        if not isinstance(found, type) or not issubclass(found, ConfigMixin):
+            raise ImportError(f"{name} is no model, scheduler or pipeline")
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"the plan's class {name} cannot be had ({error}): install the versions that made the plan"
         ) from None
 
 
-def _make(recipe: dict[str, Any]) -> Any:
-    return _class(recipe["class"]).from_config(recipe["config"])
+def _make(recipe: dict[str, Any], part: str, name: str) -> Any:
+    """A part of the pipeline from its class and configuration, which must be those that the plan's identity names."""
+    with _one_line(part):
+        entry = dict(recipe[part])
+        kind, config = _class(entry["class"]), dict(entry["config"])
+        found = part_name(kind, config)
+        if found != name:  # told before anything of forged sizes is built
+            raise ValueError(f"it is {found}, the plan was made for {name}")
+        return kind.from_config(config)
+
+
+def _role(recipe: dict[str, Any]) -> str:
+    """Which part of the pipeline the denoiser is."""
+    role = recipe.get("role")
+    if role not in ("unet", "transformer"):
+        raise UserError(
+            f"the plan's denoiser is the pipeline's {role}, expected unet or transformer: make the plan again"
+        )
+    return role
+
+
+@contextmanager
+def _one_line(part: str) -> Iterator[None]:
+    """diffusers raises many kinds; each means that the plan does not describe such a part."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"the plan's {part} cannot be built ({reason}): the plan is damaged, make it again") from None

@@ -12,7 +12,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import Call, StepFunction
-from cachequant.pipeline.step import accelerated_step, correct_prediction
+from cachequant.pipeline.step import accelerated_step, correct_prediction, refuse_other_width
 from cachequant.quant.context import ContextOperands
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import AffineMap, Correction
@@ -24,10 +24,14 @@ def deployed_step(adapter: Adapter, cache: FeatureCache, correction: Correction,
     Args:
         adapter, cache, correction: of `accelerated_step`.
         network: what `cachequant.quant.deploy.attach` returned, or None.
+
+    Raises:
+        UserError: of `refuse_other_width`.
     """
     tables = capturable(network)
     if tables is None or tables.device.type != "cuda":
         return accelerated_step(adapter, cache, correction)
+    refuse_other_width(adapter, correction)
     return graphed_step(adapter, cache, correction, tables, CudaRecorder(), getattr(network, "context", None))
 
 

@@ -83,7 +83,7 @@ def write_plan_report(folder: Path, out: Path, count: int = 6, device: str = "au
         device: of `load_pipeline`.
 
     Raises:
-        UserError: no plan, its model cannot be had, or the file cannot be written.
+        UserError: no plan, its model is another now or cannot be had, or the file cannot be written.
     """
     subject = Subject.at(folder)
     name, plan = next(iter(subject.plans.items()))
@@ -118,6 +118,7 @@ def _draw(pipe: Any, plan: Plan, used: Plan | None, row: str, count: int) -> tup
     """Images and trajectories of a row, from the first seeds of the plan's stage 6."""
     settings = replace(plan.config.sample, count=count, batch_size=count)  # one batch: its trajectory is kept
     context = Context.of(pipe, replace(plan.config, sample=settings))
+    plan.identity.refuse_other(context.identity)
     seeds = list(range(settings.seed, settings.seed + count))
     return context, draw(context, used, seeds, row, record=True)
 

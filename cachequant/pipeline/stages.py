@@ -149,7 +149,8 @@ class Stages:
 
     def weights(self) -> tuple[QuantState, str]:
         """Stage 4, first half: integer weights, shared by every schedule and correction."""
-        inputs = {"weights": self.context.identity.weights, "quant": asdict(self.context.config.quant)}
+        identity = self.context.identity
+        inputs = {"weights": [identity.model, identity.weights], "quant": asdict(self.context.config.quant)}
 
         def save(folder: Path, value: QuantState) -> None:
             save_tensors(folder / "weights.safetensors", pack_quant(value))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.plan import Plan
@@ -23,7 +24,11 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
 
     h ← a₁[t]·X_c + b₁[t] (+ c[t]·X_c') on cached steps only, always from the raw feature (CacheQuant section 3.3).
     The layers' corrections a₂, b₂ live in the quantised layers themselves; ours of the prediction follows the network.
+
+    Raises:
+        UserError: the cached feature has another number of channels than its corrections.
     """
+    refuse_other_width(adapter, correction)
     reuses = len(cache.schedule.refresh_steps) < cache.schedule.num_steps
     feature_maps, output_maps = _OnDevice(correction.cache), _OnDevice(correction.output)
 
@@ -41,6 +46,19 @@ def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correcti
     return step
 
 
+def refuse_other_width(adapter: Adapter, correction: Correction) -> None:
+    """Refuse corrections of a cached feature that is not this model's.
+
+    Raises:
+        UserError: it has another number of channels.
+    """
+    widths = {len(affine.scale) for affine in correction.cache.values()}
+    if widths - {adapter.width}:
+        raise UserError(
+            f"the plan corrects {max(widths)} cached channels, this model has {adapter.width}: calibrate for it"
+        )
+
+
 def correct_prediction(output: Tensor, x: Tensor, affine: AffineMap | None) -> Tensor:
     """ε ← scale·ε + previous·x_t + shift on the channels that the prediction shares with x_t.
 
@@ -48,10 +66,15 @@ def correct_prediction(output: Tensor, x: Tensor, affine: AffineMap | None) -> T
         output: [B, C, H, W]; a learned variance in further channels stays as it is.
         x: x_t [B, C', H, W]; further channels of an inpainting model are not read.
         affine: maps of min(C, C') channels, or None for no change.
+
+    Raises:
+        UserError: it has maps of more channels.
     """
     if affine is None:
         return output
-    shared = len(affine.scale)
+    shared, most = len(affine.scale), min(output.shape[1], x.shape[1])
+    if shared > most:
+        raise UserError(f"the plan corrects {shared} predicted channels, this model has {most}: calibrate for it")
     head = affine.apply(output[:, :shared], x[:, :shared])  # [B, min(C, C'), H, W]
     return head if shared == output.shape[1] else torch.cat([head, output[:, shared:]], dim=1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.errors import UserError
 from cachequant.quant.attention import OPERANDS, QuantAttention
 from cachequant.quant.layers import Layer, Mode, QuantLayer, quantize_weight
 from cachequant.types import ActivationTable, Correction, LayerQuant, QuantState
@@ -99,6 +100,27 @@ def fresh_state(
 def empty_table(bits: int) -> ActivationTable:
     """A table without rows."""
     return ActivationTable(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0), bits)
+
+
+def refuse_unfit(network: nn.Module, state: QuantState, correction: Correction) -> None:
+    """Refuse weights or corrections that are not of this network's layers; nothing is changed.
+
+    Raises:
+        UserError: names the first layer that is missing, of another kind or of another shape.
+    """
+    kind, modules = type(network).__name__, dict(network.named_modules())
+    missing = [name for name in state.layers if name not in modules]
+    if missing or not state.layers:
+        what = f"{len(missing)} of its layers such as {missing[0][:80]}" if missing else "no layer at all"
+        raise UserError(f"the plan quantises {what} that this {kind} lacks: calibrate for it")
+    for name, layer in state.layers.items():
+        module: Any = modules[name]
+        shape = tuple(module.weight.shape) if isinstance(module, nn.Conv2d | nn.Linear) else ()
+        held = {(grid.values.shape[0], sum(layer.widths), *grid.values.shape[2:]) for grid in layer.weights}
+        if held != {shape}:
+            raise UserError(f"the plan's {name} is of shape {held.pop()}, this {kind}'s is {shape}: calibrate for it")
+        if any(len(affine.scale) != shape[0] for affine in correction.layers.get(name, {}).values()):
+            raise UserError(f"the plan corrects other channels of {name} than the {shape[0]} it has: calibrate for it")
 
 
 def install(

@@ -16,7 +16,7 @@ from cachequant.kernels.reference import Geometry
 from cachequant.quant.adaptive_conditions import AdaptiveConditions, share_adaptive_conditions
 from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.context import ContextOperands
-from cachequant.quant.convert import QuantizedNetwork, install, replace_module
+from cachequant.quant.convert import QuantizedNetwork, install, refuse_unfit, replace_module
 from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.step_tables import StepTables
 from cachequant.quant.time_projections import TimeProjections, share_time_projections
@@ -174,7 +174,11 @@ def attach(
         network, state, clock, correction: of `deploy`.
         backend: of `cachequant.kernels.backend.choose_backend`.
         shallow: names of the modules that a cached step runs, which a GPU's backend lays out together.
+
+    Raises:
+        UserError: the state or the correction is not of this network, which is then as it was.
     """
+    refuse_unfit(network, state, correction)
     if backend.name == SIMULATED:
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:

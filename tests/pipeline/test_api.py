@@ -17,6 +17,7 @@ from cachequant.config import RunConfig
 from cachequant.pipeline.context import Context
 from cachequant.plan import Plan
 from cachequant.schedule import uniform_schedule
+from cachequant.types import AffineMap
 
 Configure = Callable[..., RunConfig]
 Images = Callable[..., Tensor]
@@ -154,6 +155,30 @@ def test_a_plan_that_matches_no_layer_is_refused(pipe: Any, configure: Configure
     assert module_ids(pipe) == modules
 
 
+@pytest.mark.parametrize("part", ["weights", "correction", "cache", "kind"])
+def test_a_plan_whose_layers_are_of_another_shape_is_refused_and_nothing_is_touched(
+    part: str, pipe: Any, configure: Configure, images: Images, tmp_path: Path
+) -> None:
+    """As a plan that somebody forged: its identity fits."""
+    plan = cq.calibrate(pipe, configure("method=paper"), tmp_path, quiet=True)
+    assert plan.quant is not None
+    layers, correction = dict(plan.quant.layers), plan.correction
+    name = next(name for name in layers if name in correction.layers)
+    wide = {step: AffineMap.identity(99) for step in range(6)}
+    if part == "weights":
+        layers[name] = next(layer for layer in layers.values() if layer.widths != layers[name].widths)
+    elif part == "kind":
+        layers["mid_block"] = layers.pop(name)
+    elif part == "correction":
+        correction = replace(correction, layers={**correction.layers, name: wide})
+    else:
+        correction = replace(correction, cache=wide)
+    reference, modules = images(), module_ids(pipe)
+    with pytest.raises(cq.UserError, match="calibrate for it"):
+        cq.enable(pipe, replace(plan, quant=replace(plan.quant, layers=layers), correction=correction))
+    assert module_ids(pipe) == modules and torch.equal(images(), reference)
+
+
 def test_unknown_backend_and_missing_plan_are_one_line(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     with pytest.raises(cq.UserError, match="backend is 'tpu', expected one of auto, simulated"):
         cq.enable(pipe, plain_plan(pipe, configure("quant.enabled=false")), backend="tpu")
@@ -235,5 +260,5 @@ def test_the_users_progress_bar_settings_survive_calibration(pipe: Any, configur
 def test_another_structure_with_the_same_weights_is_another_model(pipe: Any, configure: Configure) -> None:
     plan = plain_plan(pipe, configure("quant.enabled=false"))
     pipe.unet.register_to_config(norm_num_groups=2)
-    with pytest.raises(cq.UserError, match="this pipeline's weights"):
+    with pytest.raises(cq.UserError, match="this pipeline's model"):
         cq.enable(pipe, plan)

@@ -29,6 +29,27 @@ SMALL = [
 ]  # fmt: skip
 
 
+def changed(part: str, **values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What makes a recipe's part another one."""
+    return lambda recipe: {part: {**recipe[part], "config": {**recipe[part]["config"], **values}}}
+
+
+FORGED: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
+    (lambda _: {"denoiser": {"class": "cachequant.cli.main", "config": {}}}, "no model, scheduler or pipeline"),
+    (lambda _: {"denoiser": {"class": "diffusers.DDIMScheduler", "config": {}}}, "denoiser cannot be built"),
+    (lambda _: {"denoiser": {"class": "", "config": {}}}, "cannot be had"),
+    (lambda _: {"denoiser": "x"}, "denoiser cannot be built"),
+    (lambda _: {"pipeline": "diffusers.utils.logging.os.system"}, "cannot be had"),
+    (lambda _: {"pipeline": "diffusers.LDMPipeline"}, "pipeline cannot be built"),
+    (lambda _: {"role": "scheduler"}, "expected unet or transformer"),
+    (changed("denoiser", attention_head_dim=-8), "the plan was made for UNet2DModel"),
+    (changed("denoiser", layers_per_block=2**40), "the plan was made for UNet2DModel"),
+    (changed("denoiser", down_block_types=[[1]]), "the plan was made for UNet2DModel"),
+    (changed("scheduler", num_train_timesteps=2**40), "the plan was made for DDIMScheduler"),
+]
+"""Change of a plan's recipe -> what loading it says."""
+
+
 def drawn(pipe: Any, config: RunConfig) -> torch.Tensor:
     """Images of a pipeline as it is: [n, C, H, W]."""
     first = config.sample.seed
@@ -89,10 +110,21 @@ def test_a_plan_without_a_denoiser_or_for_another_class_is_refused(
         cq.load_quantized(plan.save(tmp_path / "float"))
     quantised = cq.calibrate(pipe, configure(), tmp_path / "run", quiet=True)
     assert quantised.remainder is not None
-    recipe = {**quantised.remainder.recipe, "denoiser": {"class": "os.system", "config": {}}}
+    recipe: dict[str, Any] = {**quantised.remainder.recipe, "denoiser": {"class": "os.system", "config": {}}}
     foreign = replace(quantised, remainder=replace(quantised.remainder, recipe=recipe))
     with pytest.raises(cq.UserError, match="neither of diffusers nor of cachequant"):
         build_skeleton(foreign)
+    for forged, message in FORGED:
+        made = {**quantised.remainder.recipe, **forged(quantised.remainder.recipe)}
+        folder = replace(quantised, remainder=replace(quantised.remainder, recipe=made)).save(tmp_path / "forged")
+        with pytest.raises(cq.UserError, match=message) as caught:
+            cq.load_quantized(folder)
+        assert "\n" not in str(caught.value)
+    name, tensor = next(iter(quantised.remainder.tensors.items()))
+    for other in (tensor.double(), tensor[None]):
+        tensors = {**quantised.remainder.tensors, name: other}
+        with pytest.raises(cq.UserError, match="is not as its denoiser has it"):
+            build_skeleton(replace(quantised, remainder=replace(quantised.remainder, tensors=tensors)))
     some = dict(list(quantised.remainder.tensors.items())[1:])
     with pytest.raises(cq.UserError, match="the plan lacks"):
         build_skeleton(replace(quantised, remainder=replace(quantised.remainder, tensors=some)))
