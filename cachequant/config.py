@@ -79,6 +79,8 @@ class CorrectionConfig:
     """`trajectory`: full_precision (the paper) or free_running. `layers`: none, consumers or all quantised layers.
 
     `ridge`, `inflation`: of `cachequant.correction.Moments.solve`; the inflation is that of the cached feature's map.
+    `held_out` (free_running only) shrinks every layer's map towards no change, by what the half of the samples that it was
+    not fitted on confirms.
     `output` maps the prediction too, with x_t as second regressor (free_running only): none, least_squares towards the
     full-precision model at the same x_t, or spread, which on cached steps also keeps the spread of its trajectories.
     """
@@ -90,6 +92,7 @@ class CorrectionConfig:
     ridge: float = 0.0
     inflation: float = 0.0
     output: str = "none"
+    held_out: bool = False
 
 
 @dataclass

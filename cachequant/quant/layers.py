@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.correction import Moments, fold_into_epilogue
+from cachequant.correction import Moments, fold_into_epilogue, solve_held_out
 from cachequant.kernels.reference import Geometry, epilogue, product
 from cachequant.quant.affine import quantize, search_grid
 from cachequant.quant.observer import StepQuantizer
@@ -79,9 +79,10 @@ class QuantLayer(nn.Module):
         self.quantizers = [StepQuantizer(t.bits, search, t if len(t.steps) else None) for t in state.inputs]
         self.corrections: dict[int, AffineMap] = dict(corrections or {})
         self.moments: dict[int, Moments] = {}
-        self.ridge = 0.0
+        self.ridge, self.held_out = 0.0, False
         self._source = (source,)  # a tuple hides it from the module tree
         self._targets: list[Tensor] = []  # of the chunks of a batch, in order
+        self._halves = (Moments(), Moments())  # of the step that FIT is at: every other sample
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
         device = self.weights[0].values.device if source.weight.is_meta else source.weight.device
         self.bias: Tensor | None
@@ -116,7 +117,7 @@ class QuantLayer(nn.Module):
         """Before a RECORD pass: drop targets that nothing fitted and, at a new step, the pairs of the step before."""
         self._targets.clear()
         if new_step:
-            self.moments.clear()
+            self._halves = (Moments(), Moments())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
         """`.to()` moves the replaced layer too, and what was folded on the old device is folded again."""
@@ -199,12 +200,22 @@ class QuantLayer(nn.Module):
             shape = [1] * x.dim()
             shape[dim] = -1
             rest = rest + self.bias.view(shape)
-        moments = self.moments.setdefault(self.clock.step, Moments())  # of all chunks so far
-        moments.update((scaled[0],), self._targets.pop(0).float() - rest, dim)
-        fitted = moments.solve(self.ridge)
+        target = self._targets.pop(0).float() - rest
+        for half, moments in enumerate(self._halves):
+            if len(target) > half:
+                moments.update((scaled[0][half::2],), target[half::2], dim)
+        fitted = self._solve()
         self.corrections[self.clock.step] = fitted
         self._epilogues.pop(self.clock.step, None)
         return (fitted.apply(scaled[0], channel_dim=dim) + rest).to(x.dtype)
+
+
+    def _solve(self) -> AffineMap:
+        """The map from the pairs of all chunks so far."""
+        if self.held_out:
+            return solve_held_out(self._halves, self.ridge)
+        grams = [half.gram for half in self._halves if half.gram is not None]
+        return Moments(sum(grams[1:], grams[0])).solve(self.ridge)
 
 
 _BEHAVIOUR: dict[Mode, Callable[[QuantLayer, Tensor], Tensor]] = {
