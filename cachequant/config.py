@@ -6,6 +6,7 @@ Every key that exists is a field below. A key that does not exist, or has the wr
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from cachequant.errors import UserError
 
 FAMILIES = ("ddpm-cifar10", "ldm4-bedroom", "ldm8-church", "ldm4-imagenet", "sd-v1", "dit-xl2")
 """The paper's models."""
+
+FORMATS = ("int", "fp8", "log2")
+"""What numbers a grid holds."""
 
 
 @dataclass
@@ -96,10 +100,36 @@ class CorrectionConfig:
 
 
 @dataclass
+class ReconConfig:
+    """Reconstruction of `cachequant.quant.reconstruct`, `--recon`: trained rounding and activation grids, block by block.
+
+    `samples` rows per block over all steps, `batch_size` of them in each of `iterations`. Learning rates: `weight_lr` of the
+    rounding, `scale_lr` of activation scales as a share of each, `zero_point_lr` of weight and activation zero points in
+    steps of the grid. `regulariser`: final pull of every rounding towards a whole one. `drop`: share of the activations
+    that a block reads unrounded while it trains.
+    """
+
+    enabled: bool = False
+    iterations: int = 3000
+    samples: int = 1024
+    batch_size: int = 32
+    weight_lr: float = 1e-3
+    scale_lr: float = 1e-4
+    zero_point_lr: float = 0.0
+    regulariser: float = 0.01
+    drop: float = 0.0
+
+
+@dataclass
 class QuantConfig:
     """Bits and range search. `ends_bits`, `attention_bits` None: end convolutions, attention operands stay as they are.
 
     `weight_symmetric`: weight grids around zero; the paper's are not, which costs the GPU's kernels a sum per activation.
+    `rounding` of weights below 8 bits: nearest, or compensated from second moments of `rounding_samples` trajectories
+    (`cachequant.quant.rounding`), which also searches their grids. With it, `budget` is the share of the full-precision
+    bytes that weights and everything left in full precision may take: what is to spare keeps layers at 8 bits.
+    `bits_map`: pattern of layer names (first match counts) -> w8a8, w4a8, … or float for a layer that stays as it is.
+    `weight_format`, `activation_format` of everything else: int, or fp8 and log2, which are simulated only.
     """
 
     enabled: bool = True
@@ -111,6 +141,13 @@ class QuantConfig:
     weight_search: str = "mse"
     weight_symmetric: bool = False
     activation_search: str = "mse"
+    rounding: str = "nearest"
+    rounding_samples: int = 64
+    budget: float | None = None
+    bits_map: dict[str, str] = field(default_factory=dict)
+    weight_format: str = "int"
+    activation_format: str = "int"
+    recon: ReconConfig = field(default_factory=ReconConfig)
 
 
 @dataclass
@@ -170,6 +207,9 @@ _CHOICES = {
     "correction.trajectory": ("full_precision", "free_running"),
     "quant.weight_search": ("minmax", "mse", "percentile"),
     "quant.activation_search": ("minmax", "mse", "percentile"),
+    "quant.rounding": ("nearest", "compensated"),
+    "quant.weight_format": FORMATS,
+    "quant.activation_format": FORMATS,
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "sampler.steps": (1, 100_000),
@@ -182,6 +222,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "quant.activation_bits": (2, 8),
     "quant.ends_bits": (2, 8),
     "quant.attention_bits": (2, 8),
+    "quant.rounding_samples": (1, 10**7),
+    "quant.budget": (0, 1),
+    "quant.recon.iterations": (1, 10**7),
+    "quant.recon.samples": (1, 10**7),
+    "quant.recon.batch_size": (1, 10**6),
+    "quant.recon.weight_lr": (0, 1e3),
+    "quant.recon.scale_lr": (0, 1e3),
+    "quant.recon.zero_point_lr": (0, 1e3),
+    "quant.recon.regulariser": (0, 1e3),
+    "quant.recon.drop": (0, 1),
     "calibration.samples": (1, 10**7),
     "calibration.dps_samples": (1, 10**7),
     "calibration.dec_samples": (1, 10**7),
@@ -311,8 +361,7 @@ def validate(config: RunConfig) -> None:
 
 
 def _lookup(config: RunConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def read_yaml(path: Path) -> DictConfig:

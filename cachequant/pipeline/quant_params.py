@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import QuantConfig
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.calibrate import Calibration
-from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.hook import Call
-from cachequant.pipeline.inputs import StepInput, spread
+from cachequant.pipeline.walk import Walk
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.layers import Mode
-from cachequant.types import AffineMap, Correction, QuantState, Schedule
+from cachequant.types import Correction, QuantState, Schedule
 
 
 def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
@@ -60,44 +56,18 @@ def calibrate_quantisers(
     their scales exponentially, and layers that a cached step does not reach have no row there. `weights` are those of
     `quantise_weights`, made here if absent.
     """
-    adapter, config = context.adapter, context.config
-    device = next(adapter.denoiser.parameters()).device
-    cache = FeatureCache(schedule, 2 if config.correction.forecast else 1, adapter.channel_dim)
-    state = weights or quantise_weights(context)
+    adapter, quant = context.adapter, context.config.quant
+    walk, state = Walk(context, calibration, schedule, correction), weights or quantise_weights(context)
+    cache = walk.fresh_cache()
     handle = install(
-        adapter.denoiser,
-        state,
-        cache,
-        config.quant.activation_search,
-        attention_bits=config.quant.attention_bits,
+        adapter.denoiser, state, cache, quant.activation_search, attention_bits=quant.attention_bits
     )
     adapter.rebuild()
     handle.set_mode(Mode.OBSERVE)
-    sizes = (config.calibration.refresh_inputs, config.calibration.cached_inputs)
     try:
-        for step in tqdm(range(context.num_steps), desc="4 quant params", unit="step", leave=False, disable=None):
-            count = sizes[0] if schedule.is_refresh(step) else sizes[1]
-            rows = calibration.inputs[step].rows(count, device)
-            _observe(Chunks.of(context, len(rows.x)), cache, correction, rows)
+        for step in walk.run(cache, "4 quant params"):
             handle.finish_step(step)
-            cache.advance(schedule.is_refresh(step))
         return handle.state
     finally:
         handle.remove()
         adapter.rebuild()
-
-
-def _observe(network: Chunks, cache: FeatureCache, correction: Correction, rows: StepInput) -> None:
-    """One step of the network that will be quantised, in full precision, on some rows."""
-    call = Call(rows.x, rows.timestep, dict(rows.kwargs))
-    if cache.must_refresh:
-        _, feature = network.full(call)
-        cache.store(feature)
-        return
-    affine = correction.cache.get(cache.step)
-    reused = cache.reuse(None if affine is None else _on(affine, rows.x))
-    network.cached(call, reused[spread(len(reused), len(rows.x)).to(reused.device)])
-
-
-def _on(affine: AffineMap, x: Tensor) -> AffineMap:
-    return affine.to(x.device, x.dtype)

@@ -1,50 +1,92 @@
 """Stage 4, second part: weights rounded in closed form from the second moments of what they multiply. Ours, not in the paper.
 
-Every layer is rounded as a whole: the two segments behind a decoder concat have their own grids, but one segment's columns
-make good the errors of the other's.
+The moments are streamed along trajectories of fresh noise under the schedule and the correction of the cache, in full
+precision: each layer sees what it will see, in the shares that it will see it. Every layer is rounded as a whole: the two
+segments behind a decoder concat have their own grids, but one segment's columns make good the errors of the other's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
+from cachequant.errors import UserError
 from cachequant.kernels.reference import Geometry
+from cachequant.models.cost import float_bytes
+from cachequant.pipeline.context import ROUNDING
+from cachequant.pipeline.gains import output_gains
+from cachequant.pipeline.step import accelerated_step
 from cachequant.pipeline.walk import Walk
+from cachequant.quant.budget import Option, choose_bits
 from cachequant.quant.input_sums import InputSums
 from cachequant.quant.layers import Layer
-from cachequant.quant.rounding import Factor, RowGrids, best_rounding, candidate_grids
+from cachequant.quant.rounding import (
+    DAMPINGS,
+    Factor,
+    RowGrids,
+    best_damping,
+    best_rounding,
+    candidate_grids,
+)
+from cachequant.storage import pack_weights
 from cachequant.types import LayerQuant, QuantState, WeightGrid
 
-SUMS_BYTES = 4 << 30
-"""Second moments held at once; layers beyond it wait for another walk."""
-
-DAMPING = 0.1
-"""Share of the mean diagonal added to a second moment's diagonal."""
+SUMS_BYTES = 8 << 30
+"""Second moments held at once; layers beyond it wait for another pass."""
 
 
 @torch.no_grad()
 def round_weights(walk: Walk, state: QuantState) -> QuantState:
-    """The state with compensated integers instead of the nearest ones; activation tables stay as they are."""
-    symmetric = walk.context.config.quant.weight_symmetric
-    layers = dict(state.layers)
-    for moments in gather_moments(walk, list(state.layers)):
-        for name, moment in moments.items():
-            layers[name] = round_layer(_layer(walk, name), layers[name], moment, symmetric)
-    return QuantState(layers, state.operands)
+    """The state with compensated integers on every grid below 8 bits; activation tables stay as they are.
+
+    With `quant.budget` every such layer is rounded to 8 bits too, and those whose error weighs most per byte keep them.
+
+    Raises:
+        UserError: the budget is less than what the plan's bits take.
+    """
+    budget, symmetric = walk.context.config.quant.budget, walk.context.config.quant.weight_symmetric
+    coarse = [name for name, layer in state.layers.items() if layer.weights[0].bits < 8]
+    cheap: dict[str, Rounded] = {}
+    dear: dict[str, Rounded] = {}
+    for group in _groups(walk, coarse):
+        sums = gather_sums(walk, group)
+        for name in tqdm(group, desc="4 rounding", unit="layer", leave=False, disable=None):
+            cheap[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], symmetric)
+            if budget is not None:
+                dear[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], symmetric, bits=8)
+            del sums[name]
+    chosen = {name: made.layer for name, made in cheap.items()}
+    if budget is not None:
+        chosen |= {name: dear[name].layer for name in _promoted(walk, state, cheap, dear, budget)}
+    return QuantState({**state.layers, **chosen}, state.operands)
 
 
-def round_layer(source: Layer, layer: LayerQuant, moment: Tensor, symmetric: bool) -> LayerQuant:
-    """One layer, from the second moment [n, n] of its input rows."""
+class Rounded:
+    """A rounded layer and the mean squared error of each output channel [O] that its rounding causes."""
+
+    def __init__(self, layer: LayerQuant, error: Tensor) -> None:
+        self.layer, self.error = layer, error
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights as stored."""
+        return sum(t.numel() * t.element_size() for t in pack_weights(QuantState({"": self.layer})).values())
+
+
+def round_layer(source: Layer, layer: LayerQuant, sums: InputSums, symmetric: bool, bits: int | None = None) -> Rounded:
+    """One layer, from the second moments of its input rows; `bits` other than its own replace them."""
     weight = source.weight.detach().float()
     rows, segment = weight.flatten(1), segment_of_columns(weight, layer.widths)
-    candidates = candidate_grids(rows, segment, layer.weights[0].bits, symmetric)
-    integers, grids, _ = best_rounding(rows, Factor.of(moment, DAMPING), candidates)
-    return with_weights(layer, integers.view(weight.shape), grids)
+    candidates = candidate_grids(rows, segment, bits or layer.weights[0].bits, symmetric)
+    middle = candidates[len(candidates) // 3]
+    damping = best_damping(rows, sums.halves, middle) if sums.halves else DAMPINGS[0]
+    integers, grids, error = best_rounding(rows, Factor.of(sums.moment, damping), candidates)
+    return Rounded(with_weights(layer, integers.view(weight.shape), grids), error)
 
 
 def segment_of_columns(weight: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -63,30 +105,29 @@ def with_weights(layer: LayerQuant, integers: Tensor, grids: RowGrids) -> LayerQ
     return LayerQuant(tuple(made), layer.inputs, layer.widths)
 
 
-def gather_moments(walk: Walk, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Second moments [n, n] of the named layers' inputs in full precision, as many at once as memory holds."""
-    for group in _groups(walk, names):
-        shallow = walk.context.adapter.shallow_names()
-        full = len(walk.schedule.refresh_steps)
-        sums = {}
-        for name in group:
-            source, steps = _layer(walk, name), walk.schedule.num_steps if name in shallow else full
-            sums[name] = InputSums(source.weight, Geometry.of(source), steps)
-        with _watched(walk, sums):
-            for _ in walk.run(walk.fresh_cache(), "4 moments"):
-                pass
-        yield {name: total.moment for name, total in sums.items()}
+def gather_sums(walk: Walk, names: list[str]) -> dict[str, InputSums]:
+    """Second moments of the named layers' inputs along accelerated trajectories."""
+    context, shallow, cache = walk.context, walk.context.adapter.shallow_names(), walk.fresh_cache()
+    seeds = context.seeds(ROUNDING, context.config.quant.rounding_samples)
+    batches = -(-len(seeds) // context.config.calibration.batch_size)
+    full, sums = len(walk.schedule.refresh_steps), dict[str, InputSums]()
+    for name in names:
+        source, steps = _layer(walk, name), walk.schedule.num_steps if name in shallow else full
+        sums[name] = InputSums(source.weight, Geometry.of(source), batches * steps)
+    with _watched(walk, sums):
+        step = accelerated_step(context.adapter, cache, walk.correction)
+        context.trajectories(step, cache, seeds, "4 second moments")
+    return sums
 
 
 @contextmanager
 def _watched(walk: Walk, sums: dict[str, InputSums]) -> Iterator[None]:
     """Inside, every call of the layers is added to their sums."""
-    def add(total: InputSums):
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            total.update(inputs[0])
-        return hook
 
-    handles = [_layer(walk, name).register_forward_pre_hook(add(total)) for name, total in sums.items()]
+    def adding(total: InputSums) -> Callable[..., None]:
+        return lambda _, inputs: total.update(inputs[0])
+
+    handles = [_layer(walk, name).register_forward_pre_hook(adding(total)) for name, total in sums.items()]
     try:
         yield
     finally:
@@ -95,10 +136,11 @@ def _watched(walk: Walk, sums: dict[str, InputSums]) -> Iterator[None]:
 
 
 def _groups(walk: Walk, names: list[str]) -> Iterator[list[str]]:
+    """The layers in order, as many at once as memory holds the sums of."""
     group: list[str] = []
     held = 0
     for name in names:
-        size = 4 * _layer(walk, name).weight[0].numel() ** 2
+        size = 8 * _layer(walk, name).weight[0].numel() ** 2
         if group and held + size > SUMS_BYTES:
             yield group
             group, held = [], 0
@@ -106,6 +148,30 @@ def _groups(walk: Walk, names: list[str]) -> Iterator[list[str]]:
         held += size
     if group:
         yield group
+
+
+def _promoted(
+    walk: Walk, state: QuantState, cheap: dict[str, Rounded], dear: dict[str, Rounded], budget: float
+) -> list[str]:
+    """Layers that keep 8 bits."""
+    total = float_bytes(walk.context.adapter.denoiser)
+    chosen = {**state.layers, **{name: made.layer for name, made in cheap.items()}}
+    least = total + sum(
+        Rounded(layer, torch.zeros(0)).bytes - 4 * sum(g.values.numel() for g in layer.weights)
+        for layer in chosen.values()
+    )
+    if least > budget * total:
+        raise UserError(
+            f"quant.budget is {budget:g} of the full-precision bytes, but these bits alone take {least / total:.3f}: "
+            "raise quant.budget or lower quant.weight_bits"
+        )
+    gains = output_gains(walk, list(cheap))
+
+    def option(made: Rounded, gain: Tensor) -> Option:
+        return Option(made.layer.weights[0].bits, made.bytes, float((gain.cpu() * made.error.cpu()).sum()))
+
+    options = {name: (option(cheap[name], gain), option(dear[name], gain)) for name, gain in gains.items()}
+    return [name for name, bits in choose_bits(options, budget * total - least).items() if bits == 8]
 
 
 def _layer(walk: Walk, name: str) -> Layer:

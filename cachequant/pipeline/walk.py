@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from cachequant.pipeline.calibrate import Calibration
 from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.inputs import StepInput, spread
+from cachequant.pipeline.inputs import spread
 from cachequant.types import Correction, Schedule
 
 
@@ -38,39 +38,34 @@ class Walk:
         keep = 2 if self.context.config.correction.forecast else 1
         return FeatureCache(self.schedule, keep, self.context.adapter.channel_dim)
 
-    def steps(self, every: int = 1) -> list[int]:
-        """Every refresh step and every `every`-th cached one between two of them."""
-        return [t for t in range(self.schedule.num_steps) if (t - self.schedule.source(t)) % every == 0]
-
-    def rows(self, step: int) -> StepInput:
-        """The inputs of one step on the network's device, as many as its kind of step keeps."""
+    def call(self, step: int, limit: int | None = None) -> Call:
+        """The inputs of one step on the network's device, as many as its kind of step keeps, at most `limit`."""
         settings = self.context.config.calibration
         count = settings.refresh_inputs if self.schedule.is_refresh(step) else settings.cached_inputs
-        return self.calibration.inputs[step].rows(count, next(self.context.adapter.denoiser.parameters()).device)
+        device = next(self.context.adapter.denoiser.parameters()).device
+        rows = self.calibration.inputs[step].rows(min(count, limit or count), device)
+        return Call(rows.x, rows.timestep, dict(rows.kwargs))
 
-    def run(
-        self, cache: FeatureCache, label: str, steps: Collection[int] | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Run each step; yields it behind its evaluation, with the prediction [n, C, H, W].
-
-        Args:
-            cache: of `fresh_cache`.
-            label: text of the progress bar.
-            steps: only these, which must hold every refresh step; all by default.
-        """
-        for step in tqdm(
-            range(self.schedule.num_steps) if steps is None else steps,
-            desc=label, unit="step", leave=False, disable=None,
-        ):  # fmt: skip
-            cache.step, rows = step, self.rows(step)
-            yield step, self._evaluate(Chunks.of(self.context, len(rows.x)), cache, rows)
-
-    def _evaluate(self, network: Chunks, cache: FeatureCache, rows: StepInput) -> Tensor:
-        call = Call(rows.x, rows.timestep, dict(rows.kwargs))
+    def evaluate(self, call: Call, cache: FeatureCache) -> Tensor:
+        """The prediction [n, C, H, W] of one step's call, at the cache's step."""
+        network = Chunks.of(self.context, len(call.x))
         if cache.must_refresh:
             output, feature = network.full(call)
             cache.store(feature)
             return output
         affine = self.correction.cache.get(cache.step)
-        reused = cache.reuse(None if affine is None else affine.to(rows.x.device, rows.x.dtype))
-        return network.cached(call, reused[spread(len(reused), len(rows.x)).to(reused.device)])
+        reused = cache.reuse(None if affine is None else affine.to(call.x.device, call.x.dtype))
+        return network.cached(call, reused[spread(len(reused), len(call.x)).to(reused.device)])
+
+    def run(self, cache: FeatureCache, label: str, limit: int | None = None) -> Iterator[int]:
+        """Every step in order, each yielded behind its evaluation.
+
+        Args:
+            cache: of `fresh_cache`.
+            label: text of the progress bar.
+            limit: of `call`.
+        """
+        for step in tqdm(range(self.schedule.num_steps), desc=label, unit="step", leave=False, disable=None):
+            cache.step = step
+            self.evaluate(self.call(step, limit), cache)
+            yield step

@@ -13,10 +13,15 @@ ROWS = 4
 """Input rows per column of the second moment that are looked at, over all calls together."""
 
 
+FLUSH = 256
+"""Rows that are added at once."""
+
+
 class InputSums:
     """E[x xᵀ] of a layer's input rows x: a window [I·kh·kw] of a convolution, a token [I] of a linear layer.
 
-    Memory is n² numbers, however much is seen. Of each call a share of the rows, drawn at random, is taken.
+    Every other sample goes into a sum of its own, so that what follows from one half can be judged on the other. Memory is
+    2·n² numbers, however much is seen. Of each call a share of the rows, drawn at random, is taken.
 
     Args:
         weight: of the layer, [O, I, kh, kw] or [O, I].
@@ -25,22 +30,44 @@ class InputSums:
     """
 
     def __init__(self, weight: Tensor, geometry: Geometry, calls: int) -> None:
-        self.geometry, self.window = geometry, (int(weight.shape[2]), int(weight.shape[3])) if geometry.is_conv else (1, 1)
+        self.geometry = geometry
+        self.window = (int(weight.shape[2]), int(weight.shape[3])) if geometry.is_conv else (1, 1)
         self.columns = weight[0].numel()
-        self._share = -(-ROWS * self.columns // calls)
-        self._sum, self._rows = torch.zeros(self.columns, self.columns, device=weight.device), 0
+        self._share = -(-ROWS * self.columns // (2 * calls))  # of each half
+        self._sums, self._rows = torch.zeros(2, self.columns, self.columns, device=weight.device), [0, 0]
+        self._waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._random = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
-        """Add one call's input, [B, I, H, W] or [..., I]."""
-        rows = self._windows(x.detach()) if self.geometry.is_conv else self._some(x.detach().flatten(0, -2))
-        self._sum.addmm_(rows.T.float(), rows.float())
-        self._rows += len(rows)
+        """Add one call's input, [B, I, H, W] or [B, ..., I]."""
+        for half in range(min(2, len(x))):
+            part = x[half::2].detach().float()
+            rows = self._windows(part) if self.geometry.is_conv else self._some(part.flatten(0, -2))
+            self._waiting[half].append(rows)
+            self._rows[half] += len(rows)
+            if sum(map(len, self._waiting[half])) >= FLUSH:
+                self._flush(half)
 
     @property
     def moment(self) -> Tensor:
-        """E[x xᵀ] [n, n]; zero where nothing was seen."""
-        return self._sum / max(1, self._rows)
+        """E[x xᵀ] [n, n] over all samples; zero where nothing was seen."""
+        self._flush(0)
+        self._flush(1)
+        return self._sums.sum(0) / max(1, sum(self._rows))
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor] | None:
+        """E[x xᵀ] [n, n] of every other sample and of the rest; None where there was no second sample."""
+        self._flush(0)
+        self._flush(1)
+        return (self._sums[0] / self._rows[0], self._sums[1] / self._rows[1]) if all(self._rows) else None
+
+    def _flush(self, half: int) -> None:
+        """Add what waits: a product of many rows costs hardly more than one of few, whose time goes into n² sums."""
+        if self._waiting[half]:
+            rows = torch.cat(self._waiting[half])
+            self._sums[half].addmm_(rows.T, rows)
+            self._waiting[half].clear()
 
     def _some(self, rows: Tensor) -> Tensor:
         """At most a share of rows [r, n]."""

@@ -19,6 +19,9 @@ from cachequant.quant.affine import grid_from_range
 RATIOS = tuple(1.0 - 0.05 * i for i in range(10))
 """Candidates r = 1.00, 0.95, … 0.55 for both ends of a row's range."""
 
+DAMPINGS = (0.3, 0.1, 0.03, 0.01, 0.003)
+"""Candidates for the share of its mean diagonal that is added to a second moment's diagonal."""
+
 BLOCK = 64
 """Columns that are rounded before their errors reach all later ones in one product."""
 
@@ -142,3 +145,20 @@ def rounding_error(weight: Tensor, moment: Tensor, integers: Tensor, grids: RowG
     scale, zero = grids.spread(torch.arange(weight.shape[1], device=weight.device))
     error = weight - (integers - zero) * scale  # [R, n]
     return ((error @ moment) * error).sum(1)
+
+
+def best_damping(weight: Tensor, halves: tuple[Tensor, Tensor], grids: RowGrids) -> float:
+    """The damping of `DAMPINGS` whose compensation from one half's second moment errs least under the other's.
+
+    Args:
+        weight: [R, n].
+        halves: second moments [n, n] over disjoint samples.
+        grids: the grid that all are tried on.
+    """
+    fitted, unseen = halves
+
+    def error(damping: float) -> float:
+        integers, _ = compensated(weight, Factor.of(fitted, damping), grids)
+        return float(rounding_error(weight, unseen, integers, grids).sum())
+
+    return min(DAMPINGS, key=error)
