@@ -19,6 +19,7 @@ from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
+from cachequant.pipeline.reconstruct import reconstruct
 from cachequant.pipeline.round_weights import round_weights
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
@@ -170,6 +171,8 @@ class Stages:
         state, key = self.grids()
         if settings.rounding == "compensated" and any(l.weights[0].bits < 8 for l in state.layers.values()):
             state, key = self._rounded(state, key)
+        if settings.recon.enabled:
+            state, key = self._reconstructed(state, key)
         return state, key
 
     def _rounded(self, state: QuantState, parent: str) -> tuple[QuantState, str]:
@@ -177,6 +180,14 @@ class Stages:
         inputs = {"parent": parent, "quant": asdict(self.context.config.quant) | {"recon": None}}
         return self.store.obtain(
             4, "round_weights", inputs, lambda: round_weights(self._walk(), state), _save_quant, _load_quant
+        )
+
+    def _reconstructed(self, state: QuantState, parent: str) -> tuple[QuantState, str]:
+        """Stage 4, where blocks are trained: its folder holds those that are done."""
+        inputs = {"parent": parent, "recon": asdict(self.context.config.quant.recon)}
+        folder = self.store.folder(4, "reconstruct", self.store.key(4, "reconstruct", inputs))
+        return self.store.obtain(
+            4, "reconstruct", inputs, lambda: reconstruct(self._walk(), state, folder), _save_quant, _load_quant, resumes=True
         )
 
     def _walk(self) -> Walk:

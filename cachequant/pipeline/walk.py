@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,15 +57,19 @@ class Walk:
         reused = cache.reuse(None if affine is None else affine.to(call.x.device, call.x.dtype))
         return network.cached(call, reused[spread(len(reused), len(call.x)).to(reused.device)])
 
-    def run(self, cache: FeatureCache, label: str, limit: int | None = None) -> Iterator[int]:
-        """Every step in order, each yielded behind its evaluation.
+    def run(
+        self, cache: FeatureCache, label: str, steps: Sequence[int] | None = None, limit: int | None = None
+    ) -> Iterator[int]:
+        """Run steps in order; each is yielded behind its evaluation.
 
         Args:
             cache: of `fresh_cache`.
             label: text of the progress bar.
+            steps: all by default; a cached one needs the refreshes before it.
             limit: of `call`.
         """
-        for step in tqdm(range(self.schedule.num_steps), desc=label, unit="step", leave=False, disable=None):
+        wanted = range(self.schedule.num_steps) if steps is None else steps
+        for step in tqdm(wanted, desc=label, unit="step", leave=False, disable=None):
             cache.step = step
             self.evaluate(self.call(step, limit), cache)
             yield step
