@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,7 @@ def validate(config: RunConfig) -> None:
         value = _lookup(config, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"{key} is {value}, expected {low:g} to {high:g}: correct it in the YAML or with --set")
+    _validate_quant(config.quant)
     calibration, correction = config.calibration, config.correction
     if calibration.cached_inputs > calibration.refresh_inputs:
         raise UserError(
@@ -358,6 +360,37 @@ def validate(config: RunConfig) -> None:
             f"cache.interval is {config.cache.interval} and sampler.steps is {config.sampler.steps}, "
             "expected an interval of at most the steps: lower cache.interval"
         )
+
+
+def parse_bits(value: str) -> tuple[int, int] | None:
+    """Bits of weights and activations of an entry of `quant.bits_map`; None for float.
+
+    Raises:
+        UserError: neither float nor w8a8, w4a8, ….
+    """
+    if value == "float":
+        return None
+    found = re.fullmatch(r"w([2-8])a([2-8])", value)
+    if found is None:
+        raise UserError(f"quant.bits_map holds {value!r}, expected float or bits such as w8a8 or w4a8: correct it")
+    return int(found[1]), int(found[2])
+
+
+def _validate_quant(quant: QuantConfig) -> None:
+    """What single choices and ranges do not say about the quantisation."""
+    for value in quant.bits_map.values():
+        parse_bits(value)
+    formats = {quant.weight_format, quant.activation_format}
+    for kind, bits in ((quant.weight_format, quant.weight_bits), (quant.activation_format, quant.activation_bits)):
+        if kind == "fp8" and bits != 8:
+            raise UserError(f"fp8 with {bits} bits, expected 8: set quant.weight_bits and quant.activation_bits to 8")
+    if formats != {"int"} and (quant.recon.enabled or quant.rounding != "nearest"):
+        raise UserError(
+            f"{(formats - {'int'}).pop()} with compensated rounding or reconstruction, expected int there: "
+            "set quant.rounding=nearest and quant.recon.enabled=false"
+        )
+    if quant.budget is not None and quant.rounding != "compensated":
+        raise UserError("quant.budget is set with nearest rounding, expected compensated: set quant.rounding=compensated")
 
 
 def _lookup(config: RunConfig, key: str) -> Any:

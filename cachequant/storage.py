@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cachequant.config import FORMATS
 from cachequant.errors import UserError
 from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant, QuantState, WeightGrid
 
@@ -174,6 +175,7 @@ def pack_weights(state: QuantState) -> dict[str, Tensor]:
             flat[f"{prefix}.weight_scale"] = grid.scale
             flat[f"{prefix}.weight_zero_point"] = grid.zero_point.to(torch.uint8)
             flat[f"{prefix}.weight_grid"] = torch.tensor([grid.bits, *grid.values.shape], dtype=torch.int32)
+            flat |= _pack_format(f"{prefix}.weight_format", grid.format)
     return flat
 
 
@@ -276,7 +278,8 @@ def _unpack_layer(prefix: str, flat: dict[str, Tensor]) -> LayerQuant:
         bits, *shape = flat[f"{p}.weight_grid"].tolist()
         stored, zero_point = flat[f"{p}.weight"], flat[f"{p}.weight_zero_point"].float()
         values = unpack_nibbles(stored, tuple(shape)) if bits <= 4 else stored
-        grids.append(WeightGrid(values, flat[f"{p}.weight_scale"], zero_point, bits))
+        kind = _unpack_format(f"{p}.weight_format", flat)
+        grids.append(WeightGrid(values, flat[f"{p}.weight_scale"], zero_point, bits, kind))
         tables.append(_unpack_table(f"{p}.input", flat))
     return LayerQuant(tuple(grids), tuple(tables), widths)
 
@@ -287,12 +290,22 @@ def _pack_table(prefix: str, table: ActivationTable) -> dict[str, Tensor]:
         f"{prefix}.scale": table.scale,
         f"{prefix}.zero_point": table.zero_point,
         f"{prefix}.bits": torch.tensor(table.bits, dtype=torch.int32),
+        **_pack_format(f"{prefix}.format", table.format),
     }
 
 
 def _unpack_table(prefix: str, flat: dict[str, Tensor]) -> ActivationTable:
     columns = (flat[f"{prefix}.steps"], flat[f"{prefix}.scale"], flat[f"{prefix}.zero_point"])
-    return ActivationTable(*columns, int(flat[f"{prefix}.bits"]))
+    return ActivationTable(*columns, int(flat[f"{prefix}.bits"]), _unpack_format(f"{prefix}.format", flat))
+
+
+def _pack_format(key: str, name: str) -> dict[str, Tensor]:
+    """A number format by its place in `FORMATS`; nothing for integers."""
+    return {} if name == "int" else {key: torch.tensor(FORMATS.index(name), dtype=torch.int32)}
+
+
+def _unpack_format(key: str, flat: dict[str, Tensor]) -> str:
+    return FORMATS[int(flat[key])] if key in flat else "int"
 
 
 def _names(flat: Iterable[str], start: str, end: str) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 
-from cachequant.config import QuantConfig
+from cachequant.config import QuantConfig, parse_bits
+from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.calibrate import Calibration
 from cachequant.pipeline.context import Context
@@ -18,21 +21,41 @@ from cachequant.types import Correction, QuantState, Schedule
 def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
     """Which layers are quantised and how: everything Conv2d / Linear, by structure and never by list index.
 
-    First and last convolution take `ends_bits` for both operands, or stay as they are with None.
+    First and last convolution take `ends_bits` for both operands, or stay as they are with None. `bits_map` goes before both.
+
+    Raises:
+        UserError: a pattern of `bits_map` that no layer has.
     """
     ends, time, splits = adapter.end_names(), adapter.time_names(), adapter.splits()
-    plans = {}
+    plans, used = {}, set[str]()
     for name, module in adapter.denoiser.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or (name in time and not config.time_embedding):
+        if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or module.groups != 1):
             continue
-        if name in ends:
+        pattern, split = mapped(name, config), splits.get(name, 0)
+        if pattern is not None:
+            used.add(pattern)
+            bits = parse_bits(config.bits_map[pattern])
+            if bits is not None:
+                plans[name] = LayerPlan(*bits, split)
+        elif name in ends:
             if config.ends_bits is not None:
                 plans[name] = LayerPlan(config.ends_bits, config.ends_bits)
-            continue
-        plans[name] = LayerPlan(config.weight_bits, config.activation_bits, splits.get(name, 0))
+        elif name not in time or config.time_embedding:
+            formats = (config.weight_format, config.activation_format)
+            plans[name] = LayerPlan(config.weight_bits, config.activation_bits, split, *formats)
+    if unused := [pattern for pattern in config.bits_map if pattern not in used]:
+        raise UserError(
+            f"quant.bits_map has {unused[0]!r}, which fits no layer that an earlier pattern leaves, expected a pattern of "
+            f"names such as {next(iter(plans), 'conv_in')}: correct or remove it"
+        )
     return plans
+
+
+def mapped(name: str, config: QuantConfig) -> str | None:
+    """The first pattern of `bits_map` that fits a layer's name, or None."""
+    return next((pattern for pattern in config.bits_map if fnmatchcase(name, pattern)), None)
 
 
 def quantise_weights(context: Context) -> QuantState:

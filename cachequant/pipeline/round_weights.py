@@ -20,6 +20,7 @@ from cachequant.kernels.reference import Geometry
 from cachequant.models.cost import float_bytes
 from cachequant.pipeline.context import ROUNDING
 from cachequant.pipeline.gains import output_gains
+from cachequant.pipeline.quant_params import mapped
 from cachequant.pipeline.step import accelerated_step
 from cachequant.pipeline.walk import Walk
 from cachequant.quant.budget import Option, choose_bits
@@ -44,12 +45,14 @@ SUMS_BYTES = 8 << 30
 def round_weights(walk: Walk, state: QuantState) -> QuantState:
     """The state with compensated integers on every grid below 8 bits; activation tables stay as they are.
 
-    With `quant.budget` every such layer is rounded to 8 bits too, and those whose error weighs most per byte keep them.
+    With `quant.budget` every such layer is rounded to 8 bits too, and those whose error weighs most per byte keep them;
+    not those that `quant.bits_map` names.
 
     Raises:
         UserError: the budget is less than what the plan's bits take.
     """
-    budget, symmetric = walk.context.config.quant.budget, walk.context.config.quant.weight_symmetric
+    quant = walk.context.config.quant
+    budget, symmetric = quant.budget, quant.weight_symmetric
     coarse = [name for name, layer in state.layers.items() if layer.weights[0].bits < 8]
     cheap: dict[str, Rounded] = {}
     dear: dict[str, Rounded] = {}
@@ -57,7 +60,7 @@ def round_weights(walk: Walk, state: QuantState) -> QuantState:
         sums = gather_sums(walk, group)
         for name in tqdm(group, desc="4 rounding", unit="layer", leave=False, disable=None):
             cheap[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], symmetric)
-            if budget is not None:
+            if budget is not None and mapped(name, quant) is None:
                 dear[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], symmetric, bits=8)
             del sums[name]
     chosen = {name: made.layer for name, made in cheap.items()}
@@ -165,7 +168,7 @@ def _promoted(
             f"quant.budget is {budget:g} of the full-precision bytes, but these bits alone take {least / total:.3f}: "
             "raise quant.budget or lower quant.weight_bits"
         )
-    gains = output_gains(walk, list(cheap))
+    gains = output_gains(walk, list(dear))
 
     def option(made: Rounded, gain: Tensor) -> Option:
         return Option(made.layer.weights[0].bits, made.bytes, float((gain.cpu() * made.error.cpu()).sum()))

@@ -15,6 +15,7 @@ from cachequant.kernels.reference import Geometry
 from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
 from cachequant.quant.deployed import IntegerLayer
+from cachequant.quant.formats import only_simulated
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import Correction, LayerQuant, QuantState
 
@@ -68,7 +69,7 @@ def deploy(
     others: dict[str, LayerQuant] = {}
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
-        reason = unsupported(layer.weights, Geometry.of(source))
+        reason = only_simulated(layer) or unsupported(layer.weights, Geometry.of(source))
         if reason is not None:
             handle.reasons[name], others[name] = reason, layer
             continue
@@ -108,7 +109,8 @@ def deploy_on_device(
     handle.tables = tables = StepTables(clock.schedule.num_steps, place)
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
-        reason = unsupported(layer.weights, tuple(table.bits for table in layer.inputs), Geometry.of(source))
+        bits = tuple(table.bits for table in layer.inputs)
+        reason = only_simulated(layer) or unsupported(layer.weights, bits, Geometry.of(source))
         if reason is not None:
             handle.reasons[name], others[name] = reason, layer
             continue

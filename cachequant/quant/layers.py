@@ -12,6 +12,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments, fold_into_epilogue, solve_held_out
 from cachequant.kernels.reference import Geometry, epilogue, product
 from cachequant.quant.affine import quantize, search_grid
+from cachequant.quant.formats import centred_weight
 from cachequant.quant.observer import StepQuantizer
 from cachequant.types import AffineMap, LayerQuant, WeightGrid
 
@@ -76,7 +77,7 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.clock, self.mode = clock, Mode.QUANTIZED
         self.geometry, self.widths, self.weights = Geometry.of(source), state.widths, state.weights
-        self.quantizers = [StepQuantizer(t.bits, search, t if len(t.steps) else None) for t in state.inputs]
+        self.quantizers = [StepQuantizer(t.bits, search, t if len(t.steps) else None, t.format) for t in state.inputs]
         self.corrections: dict[int, AffineMap] = dict(corrections or {})
         self.moments: dict[int, Moments] = {}
         self.ridge, self.held_out = 0.0, False
@@ -88,7 +89,7 @@ class QuantLayer(nn.Module):
         self.bias: Tensor | None
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):
-            centred = grid.values.to(device).float() - _column(grid.zero_point.to(device), grid.values.dim())
+            centred = centred_weight(grid, device)
             if source.weight.dim() == 4 and source.weight.is_contiguous(memory_format=torch.channels_last):
                 centred = centred.contiguous(memory_format=torch.channels_last)
             self.register_buffer(f"weight_{i}", centred, persistent=False)
@@ -226,8 +227,3 @@ _BEHAVIOUR: dict[Mode, Callable[[QuantLayer, Tensor], Tensor]] = {
     Mode.PAIR: QuantLayer._pair,
     Mode.FIT: QuantLayer._fit,
 }
-
-
-def _column(values: Tensor, dims: int) -> Tensor:
-    """[O] -> [O, 1, ...] with `dims` dimensions."""
-    return values.view(-1, *[1] * (dims - 1))
