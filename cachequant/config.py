@@ -384,13 +384,14 @@ def _validate_quant(quant: QuantConfig) -> None:
     for kind, bits in ((quant.weight_format, quant.weight_bits), (quant.activation_format, quant.activation_bits)):
         if kind == "fp8" and bits != 8:
             raise UserError(f"fp8 with {bits} bits, expected 8: set quant.weight_bits and quant.activation_bits to 8")
-    if formats != {"int"} and (quant.recon.enabled or quant.rounding != "nearest"):
+    if formats != {"int"} and quant.recon.enabled:
         raise UserError(
-            f"{(formats - {'int'}).pop()} with compensated rounding or reconstruction, expected int there: "
-            "set quant.rounding=nearest and quant.recon.enabled=false"
+            f"{(formats - {'int'}).pop()} with quant.recon.enabled, expected int: only integer grids are reconstructed"
         )
     if quant.budget is not None and quant.rounding != "compensated":
-        raise UserError("quant.budget is set with nearest rounding, expected compensated: set quant.rounding=compensated")
+        raise UserError(
+            "quant.budget is set with nearest rounding, expected compensated: set quant.rounding=compensated"
+        )
 
 
 def _lookup(config: RunConfig, key: str) -> Any:

@@ -149,22 +149,22 @@ def solve_held_out(halves: tuple[Moments, Moments], ridge: float = 0.0) -> Affin
     Raises:
         ValueError: nothing was added to the first half; where only the second is empty, nothing confirms a fit: λ = 0.
     """
-    both = Moments(halves[0].gram)
-    if halves[0].gram is None or halves[1].gram is None:
-        channels = both.centred()[0].shape[0]
-        return AffineMap.identity(channels).to(both.target_power.device)
-    both = Moments(halves[0].gram + halves[1].gram)
-    wanted = torch.zeros_like(both.gram[:, 0])  # [C, F+2] r over (x₁, …, y, 1)
+    first, second = (half.gram for half in halves)
+    if first is None:
+        raise ValueError("no pairs were added to these moments")
+    if second is None:
+        return AffineMap.identity(len(first)).to(first.device)
+    wanted = torch.zeros_like(first[:, 0])  # [C, F+2] r over (x₁, …, y, 1)
     wanted[:, 0], wanted[:, -2] = -1.0, 1.0
     agreed, made = torch.zeros_like(wanted[:, 0]), torch.zeros_like(wanted[:, 0])  # [C]
-    for mine, other in (halves, halves[::-1]):
-        change = _change(mine.solve(ridge), wanted)
-        agreed += torch.einsum("ci,cij,cj->c", change, other.gram, wanted)
-        made += torch.einsum("ci,cij,cj->c", change, other.gram, change)
+    for fitted, unseen in ((halves[0], second), (halves[1], first)):
+        change = _change(fitted.solve(ridge), wanted)
+        agreed += torch.einsum("ci,cij,cj->c", change, unseen, wanted)
+        made += torch.einsum("ci,cij,cj->c", change, unseen, change)
     factor = (agreed / made.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0).float()  # [C] λ
-    fitted = both.solve(ridge)
-    previous = None if fitted.previous is None else factor * fitted.previous
-    return AffineMap(1.0 + factor * (fitted.scale - 1.0), factor * fitted.shift, previous)
+    both = Moments(first + second).solve(ridge)
+    previous = None if both.previous is None else factor * both.previous
+    return AffineMap(1.0 + factor * (both.scale - 1.0), factor * both.shift, previous)
 
 
 def _change(affine: AffineMap, like: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.pipeline.calibrate import sampler_sigmas
@@ -19,9 +21,9 @@ ROWS, STRIDE = 4, 3
 def output_gains(walk: Walk, names: list[str]) -> dict[str, Tensor]:
     """E‖Σ_t w_t ∂ε_t/∂y_c‖² of every output channel c of the named layers: [O] each.
 
-    With independent errors of mean square e_c at every pixel of y_c, Σ_c gain_c·e_c is the mean squared move of the sample: a
-    Gauss-Newton approximation, block-diagonal as in K-FAC (Martens and Grosse, ICML 2015), with w_t the move of the sample by
-    an error of the prediction at step t (`SamplerGains`). A refresh reaches the steps that reuse its feature too, so
+    With independent errors of mean square e_c at every pixel of y_c, Σ_c gain_c·e_c is the mean squared move of the sample:
+    a Gauss-Newton approximation, block-diagonal as in K-FAC (Martens and Grosse, ICML 2015), with w_t the move of the sample
+    by an error of the prediction at step t (`SamplerGains`). A refresh reaches the steps that reuse its feature too, so
     that a group of steps is differentiated as a whole, along one random direction.
     """
     weights, adapter, schedule = _moves(walk).tolist(), walk.context.adapter, walk.schedule
@@ -29,16 +31,18 @@ def output_gains(walk: Walk, names: list[str]) -> dict[str, Tensor]:
     cache, random = walk.fresh_cache(), torch.Generator().manual_seed(0)
     borders = [*schedule.refresh_steps, schedule.num_steps]
     with torch.enable_grad(), _differentiable(adapter.denoiser), _outputs(adapter.denoiser, names) as seen:
-        for first, end in zip(borders, borders[1:], strict=False):
+        for first, end in tqdm(
+            itertools.pairwise(borders), total=len(borders) - 1, desc="4 gains", unit="group", leave=False, disable=None
+        ):
             seen.clear()
-            total, direction = None, None
-            for step in (first, *range(first + 1, end, STRIDE)):
-                cache.step, stands_for = step, 1 if step == first else min(STRIDE, end - step)
+            cache.step = first
+            output = walk.evaluate(walk.call(first, ROWS), cache)
+            direction = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
+            total = (output * direction).sum() * weights[first]
+            for step in range(first + 1, end, STRIDE):
+                cache.step, stands_for = step, min(STRIDE, end - step)
                 output = walk.evaluate(walk.call(step, ROWS), cache)
-                if direction is None:
-                    direction = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
-                part = (output * direction).sum() * (stands_for * weights[step])
-                total = part if total is None else total + part
+                total = total + (output * direction).sum() * (stands_for * weights[step])
             _add(gains, seen, total)
             _forget_graph(cache)
     return gains
@@ -82,7 +86,7 @@ def _outputs(network: nn.Module, names: list[str]) -> Iterator[list[tuple[str, i
     """(name, channel dimension, output) of every call of the named layers, as they come."""
     seen: list[tuple[str, int, Tensor]] = []
 
-    def keep(name: str, dim: int) -> object:
+    def keep(name: str, dim: int) -> Callable[..., None]:
         return lambda _, __, output: seen.append((name, dim, output))
 
     layers = {name: network.get_submodule(name) for name in names}

@@ -21,7 +21,7 @@ from cachequant.types import Correction, QuantState, Schedule
 def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
     """Which layers are quantised and how: everything Conv2d / Linear, by structure and never by list index.
 
-    First and last convolution take `ends_bits` for both operands, or stay as they are with None. `bits_map` goes before both.
+    First and last convolution take `ends_bits` for both operands, or stay as they are with None. `bits_map` goes before all.
 
     Raises:
         UserError: a pattern of `bits_map` that no layer has.
@@ -82,9 +82,7 @@ def calibrate_quantisers(
     adapter, quant = context.adapter, context.config.quant
     walk, state = Walk(context, calibration, schedule, correction), weights or quantise_weights(context)
     cache = walk.fresh_cache()
-    handle = install(
-        adapter.denoiser, state, cache, quant.activation_search, attention_bits=quant.attention_bits
-    )
+    handle = install(adapter.denoiser, state, cache, quant.activation_search, attention_bits=quant.attention_bits)
     adapter.rebuild()
     handle.set_mode(Mode.OBSERVE)
     try:

@@ -8,12 +8,11 @@ unrounded while a block trains. Stage 5 fits on what comes out of it, so the cor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.pipeline.walk import Walk
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
-from cachequant.quant.layers import Layer, Mode
+from cachequant.quant.layers import Mode
 from cachequant.quant.reconstruct import BlockData, LearnedLayer, Rows, output_of, train_block
-from cachequant.storage import load_tensors, make_folder, pack_quant, save_tensors, unpack_quant
+from cachequant.storage import load_tensors, make_folder, pack_quant, save_json, save_tensors, unpack_quant
 from cachequant.types import LayerQuant, QuantState
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
@@ -47,7 +46,8 @@ def find_blocks(walk: Walk, names: list[str]) -> list[Block]:
     network, shallow = walk.context.adapter.denoiser, walk.context.adapter.shallow_names()
     modules = dict(network.named_modules())
     roots = [n for n, m in modules.items() if type(m).__name__ in BLOCKS]
-    owner = {name: next((r for r in roots if name.startswith(f"{r}.")), name) for name in names}  # the outermost is first
+    # of nested roots the outermost comes first
+    owner = {name: next((root for root in roots if name.startswith(f"{root}.")), name) for name in names}
     order = _call_order(walk, list(dict.fromkeys(owner.values())))
     return [
         Block(block, members, members[0] in shallow)
@@ -60,24 +60,26 @@ def reconstruct(walk: Walk, state: QuantState, folder: Path) -> QuantState:
     """The state with reconstructed weights and activation tables.
 
     At 8 bits only blocks that run on every step are trained, below all of them, as in the paper. Each block that is
-    done is a file in `folder`; a second call goes on behind the last one.
+    done is a file in `folder`, with its errors in another; a second call goes on behind the last one.
     """
-    context, settings = walk.context, walk.context.config.quant.recon
-    network, cache, layers = context.adapter.denoiser, walk.fresh_cache(), dict(state.layers)
+    network, cache, layers = walk.context.adapter.denoiser, walk.fresh_cache(), dict(state.layers)
     make_folder(folder)
     blocks = [b for b in find_blocks(walk, list(state.layers)) if b.shallow or _bits(b, layers) < 8]
     with _frozen(network):
         for index, block in enumerate(blocks):
             path, label = folder / f"block-{index:03d}.safetensors", f"4 recon {index + 1}/{len(blocks)} {block.name}"
             if not path.is_file():
-                made = _one(walk, QuantState(layers, state.operands), cache, block, label)
+                made, errors = _one(walk, QuantState(layers, state.operands), cache, block, label)
+                save_json(path.with_suffix(".json"), {"block": block.name, "before": errors[0], "after": errors[1]})
                 save_tensors(path, pack_quant(QuantState(made)))
             layers |= unpack_quant(load_tensors(path)).layers
     return QuantState(layers, state.operands)
 
 
-def _one(walk: Walk, state: QuantState, cache: FeatureCache, block: Block, label: str) -> dict[str, LayerQuant]:
-    """Train one block behind the ones before it."""
+def _one(
+    walk: Walk, state: QuantState, cache: FeatureCache, block: Block, label: str
+) -> tuple[dict[str, LayerQuant], tuple[float, float]]:
+    """Train one block behind the ones before it: its layers, and its error before and after."""
     settings, adapter = walk.context.config.quant.recon, walk.context.adapter
     handle = install(adapter.denoiser, state, cache)
     adapter.rebuild()
@@ -86,14 +88,10 @@ def _one(walk: Walk, state: QuantState, cache: FeatureCache, block: Block, label
         data, rows = _gather(walk, handle, cache, block, label), Rows()
         handle.set_mode(Mode.FLOAT)  # attention operands
         for name in block.layers:
-            source = cast(Layer, handle.layers[name].source)
-            learned[name] = LearnedLayer(source, state.layers[name], rows, settings.drop)
+            learned[name] = LearnedLayer(handle.layers[name].source, state.layers[name], rows, settings.drop)
             replace_module(adapter.denoiser, name, learned[name])
-        before, after = train_block(
-            adapter.denoiser.get_submodule(block.name), learned, data, rows, settings, label
-        )
-        print(f"{label}: relative error {before:.2e} -> {after:.2e}", file=sys.stderr, flush=True)
-        return {name: layer.hardened() for name, layer in learned.items()}
+        errors = train_block(adapter.denoiser.get_submodule(block.name), learned, data, rows, settings, label)
+        return {name: layer.hardened() for name, layer in learned.items()}, errors
     finally:
         handle.remove()
         adapter.rebuild()
@@ -143,8 +141,9 @@ def _per_row(value: Any, count: int) -> Any:
     """A tensor with a row per sample on the CPU: one for all of them (a timestep) is repeated; others stay as they are."""
     if not isinstance(value, Tensor):
         return value
-    rows = value if value.dim() and len(value) == count else value.reshape(1, *value.shape[1:]).expand(count, *value.shape[1:])
-    return rows.detach().cpu()
+    if not value.dim() or len(value) != count:
+        value = value.reshape(1, *value.shape[1:]).expand(count, *value.shape[1:])
+    return value.detach().cpu()
 
 
 def _joined(values: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Stage 4, second part: weights rounded in closed form from the second moments of what they multiply. Ours, not in the paper.
+"""Stage 4, after the grids: weights rounded in closed form from the second moments of what they multiply. Ours.
 
 The moments are streamed along trajectories of fresh noise under the schedule and the correction of the cache, in full
 precision: each layer sees what it will see, in the shares that it will see it. Every layer is rounded as a whole: the two
@@ -53,7 +53,7 @@ def round_weights(walk: Walk, state: QuantState) -> QuantState:
     """
     quant = walk.context.config.quant
     budget, symmetric = quant.budget, quant.weight_symmetric
-    coarse = [name for name, layer in state.layers.items() if layer.weights[0].bits < 8]
+    coarse = needing(state)
     cheap: dict[str, Rounded] = {}
     dear: dict[str, Rounded] = {}
     for group in _groups(walk, coarse):
@@ -67,6 +67,12 @@ def round_weights(walk: Walk, state: QuantState) -> QuantState:
     if budget is not None:
         chosen |= {name: dear[name].layer for name in _promoted(walk, state, cheap, dear, budget)}
     return QuantState({**state.layers, **chosen}, state.operands)
+
+
+def needing(state: QuantState) -> list[str]:
+    """Names of the layers that this rounds: integer grids below 8 bits."""
+    firsts = {name: layer.weights[0] for name, layer in state.layers.items()}
+    return [name for name, grid in firsts.items() if grid.bits < 8 and grid.format == "int"]
 
 
 class Rounded:

@@ -20,7 +20,7 @@ from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
 from cachequant.pipeline.reconstruct import reconstruct
-from cachequant.pipeline.round_weights import round_weights
+from cachequant.pipeline.round_weights import needing, round_weights
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
 from cachequant.pipeline.walk import Walk
@@ -169,7 +169,7 @@ class Stages:
         if not settings.enabled:
             return None, self.cache_correction()[1]
         state, key = self.grids()
-        if settings.rounding == "compensated" and any(l.weights[0].bits < 8 for l in state.layers.values()):
+        if settings.rounding == "compensated" and needing(state):
             state, key = self._rounded(state, key)
         if settings.recon.enabled:
             state, key = self._reconstructed(state, key)
@@ -186,9 +186,11 @@ class Stages:
         """Stage 4, where blocks are trained: its folder holds those that are done."""
         inputs = {"parent": parent, "recon": asdict(self.context.config.quant.recon)}
         folder = self.store.folder(4, "reconstruct", self.store.key(4, "reconstruct", inputs))
-        return self.store.obtain(
-            4, "reconstruct", inputs, lambda: reconstruct(self._walk(), state, folder), _save_quant, _load_quant, resumes=True
-        )
+
+        def compute() -> QuantState:
+            return reconstruct(self._walk(), state, folder)
+
+        return self.store.obtain(4, "reconstruct", inputs, compute, _save_quant, _load_quant, resumes=True)
 
     def _walk(self) -> Walk:
         """What stage 4 looks at."""

@@ -40,7 +40,7 @@ def nearest(x: Tensor, name: str, bits: int) -> Tensor:
 
 
 def search_scale(x: Tensor, name: str, bits: int, method: str, power: float = 2.4) -> Tensor:
-    """The scale of each row [R, n]: its largest magnitude, with "mse" shrunk as `cachequant.quant.affine.search_grid` does."""
+    """The scale of each row [R, n]: its largest magnitude, with "mse" shrunk as by `cachequant.quant.affine.search_grid`."""
     largest = x.abs().amax(1)  # [R]
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     if method != "mse":
@@ -71,5 +71,6 @@ def centred_weight(grid: WeightGrid, device: torch.device) -> Tensor:
 
 def only_simulated(layer: LayerQuant) -> str | None:
     """Why a layer cannot run on integers whatever the backend; None where it can."""
-    found = [part.format for part in (*layer.weights, *layer.inputs) if part.format != "int"]
-    return f"{found[0]} is simulated only, integer backends run int8 and int4" if found else None
+    kinds = [grid.format for grid in layer.weights] + [table.format for table in layer.inputs]
+    found = next((kind for kind in kinds if kind != "int"), None)
+    return None if found is None else f"{found} is simulated only, integer backends run int8 and int4"

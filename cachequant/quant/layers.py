@@ -210,7 +210,6 @@ class QuantLayer(nn.Module):
         self._epilogues.pop(self.clock.step, None)
         return (fitted.apply(scaled[0], channel_dim=dim) + rest).to(x.dtype)
 
-
     def _solve(self) -> AffineMap:
         """The map from the pairs of all chunks so far."""
         if self.held_out:

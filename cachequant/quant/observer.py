@@ -27,9 +27,7 @@ class StepQuantizer:
         kind: format of the numbers, where there is no table yet.
     """
 
-    def __init__(
-        self, bits: int, search: str = "mse", table: ActivationTable | None = None, kind: str = "int"
-    ) -> None:
+    def __init__(self, bits: int, search: str = "mse", table: ActivationTable | None = None, kind: str = "int") -> None:
         self.bits, self.search, self.format = bits, search, kind if table is None else table.format
         self._pool: list[Tensor] = []
         self._rows: dict[int, tuple[float, float]] = {}

@@ -73,9 +73,7 @@ class LearnedLayer(nn.Module):
         """The layer on soft weights and rounded activations, its output as `QuantLayer`'s."""
         channels = self.geometry.channel_dim
         parts = x.float().split(self.state.widths, dim=channels) if len(self.state.widths) > 1 else (x.float(),)
-        total = sum(
-            product(self._activation(part, i), self._weight(i), self.geometry) for i, part in enumerate(parts)
-        )
+        total = sum(product(self._activation(part, i), self._weight(i), self.geometry) for i, part in enumerate(parts))
         assert isinstance(total, Tensor)
         if self.bias is None:
             return total
@@ -88,7 +86,7 @@ class LearnedLayer(nn.Module):
 
     def _weight(self, segment: int) -> Tensor:
         base, zero = self.get_buffer(f"base_{segment}"), self.get_buffer(f"grid_zero_{segment}")
-        levels = 2**self.state.weights[segment].bits - 1
+        levels = 2 ** self.state.weights[segment].bits - 1
         moved = _whole(zero + self.weight_shift[segment]).clamp(0, levels)
         soft = (torch.sigmoid(self.rounding[segment]) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         inside = torch.minimum((base - zero + soft + moved).clamp(min=0), torch.full_like(base, levels))

@@ -114,7 +114,9 @@ def compensated(weight: Tensor, factor: Factor, grids: RowGrids) -> tuple[Tensor
 def candidate_grids(weight: Tensor, segment: Tensor, bits: int, symmetric: bool = False) -> list[RowGrids]:
     """Grids over the shrunken ranges of every row [R, n] and segment, one entry per ratio of `RATIOS`."""
     parts = [weight[:, segment == s] for s in range(int(segment.max()) + 1)]
-    low, high = (torch.stack(ends, dim=1) for ends in ([p.amin(1) for p in parts], [p.amax(1) for p in parts]))  # [R, S]
+    low, high = (
+        torch.stack(ends, dim=1) for ends in ([p.amin(1) for p in parts], [p.amax(1) for p in parts])
+    )  # [R, S]
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
