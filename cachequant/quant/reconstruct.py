@@ -37,7 +37,7 @@ class Rows:
 
 
 class LearnedLayer(nn.Module):
-    """A quantised layer whose rounding, zero points and activation grids have gradients; it begins as the real weights.
+    """A quantised layer whose rounding, zero points and activation grids have gradients; it begins at the real weights.
 
     A weight is s·(clip(base + h, 0, levels) - z), h ∈ [0, 1] its soft rounding; base is the whole number below the real
     weight, or its neighbour where rounding compensated others.
@@ -221,11 +221,16 @@ def output_of(made: Any) -> Tensor:
 
 
 def _beginning(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
-    """(base, h) of real weights on a grid: base is the integer, or the one below where the real weight is less."""
+    """(base, h) of real weights on a grid: base is the integer, or the one below where the real weight is less.
+
+    base + h is the real weight, or as near as an h can be that still rounds to the integer which the grid came with.
+    """
     values, dims = grid.values.to(weight), weight.dim()
     wanted = weight / _column(grid.scale.to(weight), dims) + _column(grid.zero_point.to(weight), dims)
-    base = values - (wanted < values).to(weight)
-    return base, (wanted - base).clamp(0.01, 0.99)
+    up = wanted < values
+    base = values - up.to(weight)
+    soft = (wanted - base).clamp(0.01, 0.99)
+    return base, torch.where(up, soft.clamp(min=0.52), soft.clamp(max=0.48))
 
 
 def _unrounded(soft: Tensor) -> Tensor:
