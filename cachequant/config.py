@@ -102,11 +102,11 @@ class CorrectionConfig:
 
 @dataclass
 class ReconConfig:
-    """Reconstruction of `cachequant.quant.reconstruct`, `--recon`: trained rounding and activation grids, block by block.
+    """Reconstruction of `cachequant.quant.learned`, `--recon`: trained rounding and activation grids, block by block.
 
     `samples` rows per block over all steps, `batch_size` of them in each of `iterations`. Learning rates: `weight_lr` of the
     rounding, `scale_lr` of activation scales as a share of each, `zero_point_lr` of weight and activation zero points in
-    steps of the grid. `regulariser`: final pull of every rounding towards a whole one. `drop`: share of the activations
+    steps of the grid. `regulariser`: pull of every rounding towards a whole one, over the error's. `drop`: share of the activations
     that a block reads unrounded while it trains.
     """
 
@@ -114,10 +114,10 @@ class ReconConfig:
     iterations: int = 3000
     samples: int = 1024
     batch_size: int = 32
-    weight_lr: float = 1e-3
+    weight_lr: float = 1e-2
     scale_lr: float = 1e-4
     zero_point_lr: float = 0.0
-    regulariser: float = 0.01
+    regulariser: float = 10.0
     drop: float = 0.0
 
 

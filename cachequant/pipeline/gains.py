@@ -43,17 +43,20 @@ def output_gains(walk: Walk, names: list[str]) -> dict[str, Tensor]:
                 cache.step, stands_for = step, min(STRIDE, end - step)
                 output = walk.evaluate(walk.call(step, ROWS), cache)
                 total = total + (output * direction).sum() * (stands_for * weights[step])
-            _add(gains, seen, total)
+            _add(gains, seen, total, len(output))
             _forget_graph(cache)
     return gains
 
 
-def _add(gains: dict[str, Tensor], seen: list[tuple[str, int, Tensor]], total: Tensor) -> None:
-    """Squared derivatives of a group's total by the outputs [B, ..., O, ...] that were seen, summed per channel."""
+def _add(gains: dict[str, Tensor], seen: list[tuple[str, int, Tensor]], total: Tensor, count: int) -> None:
+    """Squared derivatives of a group's total by the outputs [b, ..., O, ...] that were seen, summed per channel.
+
+    `count` samples went into the total, in one batch or several.
+    """
     found = torch.autograd.grad(total, [output for _, _, output in seen], allow_unused=True)
     for (name, dim, _), gradient in zip(seen, found, strict=True):
         if gradient is not None:
-            square = gradient.square().movedim(dim, 0).flatten(1).sum(1) / len(gradient)  # [O]
+            square = gradient.square().movedim(dim, 0).flatten(1).sum(1) / count  # [O]
             gains[name] = gains[name] + square if name in gains else square
 
 

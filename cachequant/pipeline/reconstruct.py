@@ -21,7 +21,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.pipeline.walk import Walk
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
 from cachequant.quant.layers import Mode
-from cachequant.quant.reconstruct import BlockData, LearnedLayer, Rows, output_of, train_block
+from cachequant.quant.learned import BlockData, LearnedLayer, Rows, output_of, train_block
 from cachequant.storage import load_tensors, make_folder, pack_quant, save_json, save_tensors, unpack_quant
 from cachequant.types import LayerQuant, QuantState
 
@@ -79,7 +79,7 @@ def reconstruct(walk: Walk, state: QuantState, folder: Path) -> QuantState:
 def _one(
     walk: Walk, state: QuantState, cache: FeatureCache, block: Block, label: str
 ) -> tuple[dict[str, LayerQuant], tuple[float, float]]:
-    """Train one block behind the ones before it: its layers, and its error before and after."""
+    """Train one block behind the ones before it: its layers, as they were if that is better, and its errors."""
     settings, adapter = walk.context.config.quant.recon, walk.context.adapter
     handle = install(adapter.denoiser, state, cache)
     adapter.rebuild()
@@ -91,6 +91,8 @@ def _one(
             learned[name] = LearnedLayer(handle.layers[name].source, state.layers[name], rows, settings.drop)
             replace_module(adapter.denoiser, name, learned[name])
         errors = train_block(adapter.denoiser.get_submodule(block.name), learned, data, rows, settings, label)
+        if errors[1] >= errors[0]:
+            return {name: state.layers[name] for name in block.layers}, errors
         return {name: layer.hardened() for name, layer in learned.items()}, errors
     finally:
         handle.remove()

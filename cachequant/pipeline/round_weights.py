@@ -23,7 +23,7 @@ from cachequant.pipeline.gains import output_gains
 from cachequant.pipeline.quant_params import mapped
 from cachequant.pipeline.step import accelerated_step
 from cachequant.pipeline.walk import Walk
-from cachequant.quant.budget import Option, choose_bits
+from cachequant.quant.allocation import Option, choose_bits
 from cachequant.quant.input_sums import InputSums
 from cachequant.quant.layers import Layer
 from cachequant.quant.rounding import (

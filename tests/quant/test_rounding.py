@@ -52,14 +52,14 @@ def test_the_factors_multiply_to_the_damped_moment(seed: int) -> None:
     assert (factor.upper.diagonal() == 1).all() and (factor.pivots > 0).all()
 
 
-@given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("seed", range(5))
 def test_its_error_is_the_quadratic_form_and_less_than_that_of_the_nearest(seed: int) -> None:
-    weight, moment = problem(seed, rows=40)
-    grids = whole_range(weight)
+    weight, moment = problem(seed, rows=200)
+    whole = whole_range(weight)
+    grids = RowGrids(1.25 * whole.scale, whole.zero_point, whole.segment, 4)  # room for what is compensated
     integers, error = compensated(weight, Factor.of(moment, 0.0), grids)
     torch.testing.assert_close(error, rounding_error(weight, moment, integers, grids), rtol=1e-8, atol=1e-12)
-    assert error.sum() < rounding_error(weight, moment, nearest(weight, grids), grids).sum()
+    assert error.median() < 0.5 * rounding_error(weight, moment, nearest(weight, grids), grids).median()
     assert integers.min() >= 0 and integers.max() <= 15 and (integers == integers.round()).all()
 
 

@@ -26,8 +26,11 @@ from cachequant.types import ActivationTable, LayerQuant, WeightGrid
 GAMMA, ZETA = -0.1, 1.1
 """Stretch of the sigmoid that lets a soft rounding reach 0 and 1."""
 
-WARM_UP, BETA_FIRST, BETA_LAST = 0.2, 20.0, 2.0
-"""Share of the iterations without regulariser, and the powers between which it is annealed."""
+WARM_UP, ANNEALED, BETA_FIRST, BETA_LAST = 0.2, 0.7, 20.0, 2.0
+"""Shares of the iterations before which there is no regulariser and behind which its power, annealed, is the last one.
+
+The cosine of the learning rate has spent 95 % of the way by 0.8: what is to become whole has to be pulled before.
+"""
 
 
 class Rows:
@@ -66,8 +69,8 @@ class LearnedLayer(nn.Module):
             self.register_buffer(f"grid_zero_{i}", _column(grid.zero_point.to(weight), part.dim()))
             self.rounding.append(nn.Parameter(_unrounded(whole)))
             self.weight_shift.append(nn.Parameter(torch.zeros_like(self.get_buffer(f"grid_zero_{i}"))))
-            self.scale.append(nn.Parameter(table.scale.to(weight)))
-            self.zero_point.append(nn.Parameter(table.zero_point.to(weight)))
+            self.scale.append(nn.Parameter(table.scale.to(weight, copy=True)))
+            self.zero_point.append(nn.Parameter(table.zero_point.to(weight, copy=True)))
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """The layer on soft weights and rounded activations, its output as `QuantLayer`'s."""
@@ -175,11 +178,11 @@ def train_block(
 
 
 def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
-    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights; β falls as `progress` goes from the warm-up to 1."""
+    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights; β falls as `progress`, from 0 to 1, leaves the warm-up."""
     soft = [h for layer in learned.values() for h in layer.soft()]
     if progress < WARM_UP:
         return soft[0].new_zeros(())
-    share = (progress - WARM_UP) / (1 - WARM_UP)
+    share = min(1.0, (progress - WARM_UP) / (ANNEALED - WARM_UP))
     beta = BETA_LAST + 0.5 * (BETA_FIRST - BETA_LAST) * (1 + math.cos(math.pi * share))
     total = sum(((1 - (2 * h - 1).abs().pow(beta)).sum() for h in soft), soft[0].new_zeros(()))
     return total / sum(h.numel() for h in soft)

@@ -5,7 +5,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachequant.quant.budget import Option, choose_bits
+from cachequant.quant.allocation import Option, choose_bits
 
 ERRORS = st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=7)
 
