@@ -106,8 +106,8 @@ class ReconConfig:
 
     `samples` rows per block over all steps, `batch_size` of them in each of `iterations`. Learning rates: `weight_lr` of the
     rounding, `scale_lr` of activation scales as a share of each, `zero_point_lr` of weight and activation zero points in
-    steps of the grid. `regulariser`: pull of every rounding towards a whole one, over the error's. `drop`: share of the activations
-    that a block reads unrounded while it trains.
+    steps of the grid. `regulariser`: pull of every rounding towards a whole one, over the error's. `drop`: share of the
+    activations that a block reads unrounded while it trains.
     """
 
     enabled: bool = False

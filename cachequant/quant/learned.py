@@ -178,7 +178,7 @@ def train_block(
 
 
 def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
-    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights; β falls as `progress`, from 0 to 1, leaves the warm-up."""
+    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights, at `progress` from 0 to 1; β falls behind the warm-up."""
     soft = [h for layer in learned.values() for h in layer.soft()]
     if progress < WARM_UP:
         return soft[0].new_zeros(())

@@ -108,7 +108,13 @@ def test_the_layers_are_corrected_for_what_came_out_of_it(pipe: Any, configure: 
 def test_blocks_of_a_transformer(configure: Configure, tmp_path: Path) -> None:
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8, patch_size=2
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        sample_size=8,
+        patch_size=2,
     )
     vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2, sample_size=16)
     pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
@@ -118,7 +124,12 @@ def test_blocks_of_a_transformer(configure: Configure, tmp_path: Path) -> None:
     blocks = find_blocks(stages._walk(), list(stages.grids()[0].layers))
     names = [block.name for block in blocks]
     assert [n for n in names if n.startswith("transformer_blocks")] == [f"transformer_blocks.{i}" for i in range(4)]
-    assert [block.shallow for block in blocks if block.name.startswith("transformer_blocks")] == [True, False, False, True]
+    assert [block.shallow for block in blocks if block.name.startswith("transformer_blocks")] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     state, _ = stages.quant()
     assert state is not None and set(state.layers) == set(stages.grids()[0].layers)
 

@@ -106,7 +106,9 @@ def test_a_gain_is_the_squared_derivative_of_the_move(pipe: Any, configure: Conf
     stages = stages_of(pipe, configure("cache.interval=3"), tmp_path)
     walk = stages._walk()
     schedule = walk.schedule
-    steps = [t for t in range(schedule.num_steps) if (t - schedule.source(t) - 1) % STRIDE == 0 or schedule.is_refresh(t)]
+    steps = [
+        t for t in range(schedule.num_steps) if (t - schedule.source(t) - 1) % STRIDE == 0 or schedule.is_refresh(t)
+    ]
     ends = [next((r for r in schedule.refresh_steps if r > t), schedule.num_steps) for t in steps]
     stands_for = [1 if schedule.is_refresh(t) else min(STRIDE, e - t) for t, e in zip(steps, ends, strict=True)]
     moves = _moves(walk)

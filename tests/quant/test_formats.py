@@ -69,7 +69,10 @@ def test_a_layer_of_a_format_multiplies_what_the_format_holds(name):
         weight = network[0].weight.detach()
         scale = weight.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
         expected = torch.nn.functional.conv2d(
-            nearest(x / largest, name, 8) * largest, nearest(weight / scale, name, 8) * scale, network[0].bias, padding=1
+            nearest(x / largest, name, 8) * largest,
+            nearest(weight / scale, name, 8) * scale,
+            network[0].bias,
+            padding=1,
         )
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
     again = unpack_quant(pack_quant(QuantState({"0": layer.state}))).layers["0"]

@@ -15,7 +15,9 @@ from cachequant.quant.layers import QuantLayer, quantize_weight
 from cachequant.quant.learned import WARM_UP, BlockData, LearnedLayer, Rows, train_block, unwhole
 from cachequant.types import ActivationTable, LayerQuant, Schedule, WeightGrid
 
-SETTINGS = ReconConfig(iterations=300, batch_size=16, weight_lr=0.1, scale_lr=1e-3, zero_point_lr=1e-3, regulariser=10.0)
+SETTINGS = ReconConfig(
+    iterations=300, batch_size=16, weight_lr=0.1, scale_lr=1e-3, zero_point_lr=1e-3, regulariser=10.0
+)
 WIDTHS = (3, 2)
 
 
@@ -111,7 +113,9 @@ def test_the_regulariser_lives_behind_the_warm_up(source: nn.Conv2d) -> None:
     assert float(unwhole({"": layer}, 0.99 * WARM_UP)) == 0.0
     value = unwhole({"": layer}, 0.99)
     soft = torch.cat([h.flatten() for h in layer.soft()])
-    assert float(value.detach()) == pytest.approx(float((1 - (2 * soft.detach() - 1).abs().pow(2.0)).mean()), rel=1e-5)  # β ends at 2
+    assert float(value.detach()) == pytest.approx(
+        float((1 - (2 * soft.detach() - 1).abs().pow(2.0)).mean()), rel=1e-5
+    )  # β ends at 2
     value.backward()
     assert all(float(p.grad.abs().max()) > 0 for p in layer.rounding if p.grad is not None)
 
