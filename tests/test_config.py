@@ -390,7 +390,7 @@ def test_what_quantisation_cannot_be(model: Path, override: str, message: str) -
 def test_settings_of_the_quantisation_that_exclude_one_another(model: Path) -> None:
     with pytest.raises(UserError, match="fp8 with 4 bits, expected 8"):
         load_config(model, ["quant.weight_format=fp8", "quant.weight_bits=4"])
-    with pytest.raises(UserError, match="log2 with quant.recon.enabled"):
+    with pytest.raises(UserError, match=r"log2 with quant\.recon\.enabled"):
         load_config(model, ["quant.activation_format=log2", "quant.recon.enabled=true"])
     with pytest.raises(UserError, match=r"quant.budget is set with nearest rounding"):
         load_config(model, ["quant.budget=0.2", "quant.rounding=nearest"])

@@ -77,7 +77,7 @@ def test_all_of_a_budget_is_used_and_no_more(pipe: Any, configure: Configure, tm
         assert stored <= budget * total
         chosen[budget] = {name for name, layer in state.layers.items() if layer.weights[0].bits == 8}
     assert 0 < len(chosen[0.3]) < len(chosen[0.4])
-    with pytest.raises(UserError, match="quant.budget is 0.05"):
+    with pytest.raises(UserError, match=r"quant\.budget is 0\.05"):
         stages_of(pipe, configure(*W4, "quant.budget=0.05"), tmp_path).quant()
 
 
@@ -97,7 +97,7 @@ def test_bits_by_name(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     assert state is not None
     assert state.layers["down_blocks.0.resnets.0.conv1"].weights[0].bits == 3  # named: the budget leaves it alone
     assert cq.calibrate(pipe, config, tmp_path, quiet=True).quant is not None
-    with pytest.raises(UserError, match="quant.bits_map has 'middle"):
+    with pytest.raises(UserError, match=r"quant\.bits_map has 'middle"):
         layer_plans(Context.of(pipe, config).adapter, configure('quant.bits_map={"middle.*": w8a8}').quant)
 
 
