@@ -70,11 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "the six stages of a configuration, skipping what is current", _run)
     run.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
     run.add_argument("--out", type=Path, help="run folder, default runs/<model.name>")
+    _recon_option(run)
     _worker_options(run, device=False)
     run.epilog = "--json: {plan: folder, images: folder, refresh_steps: [int], seconds: float}"
     calibrate = _command(commands, "calibrate", "stages 1 to 5: make a plan and save it", _calibrate)
     calibrate.add_argument("config", type=Path, help="YAML, such as configs/fashion.yaml")
     calibrate.add_argument("plan", type=Path, help="folder to write the plan to")
+    _recon_option(calibrate)
     calibrate.epilog = "--json: {plan: folder, refresh_steps: [int], cost: float, uniform_cost: float}"
     sample = _command(commands, "sample", "images from a saved plan", _sample)
     sample.add_argument("plan", type=Path, help="plan folder")
@@ -165,6 +167,14 @@ def _command(
     command.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object there")
     command.set_defaults(run=run)
     return command
+
+
+def _recon_option(command: argparse.ArgumentParser) -> None:
+    """`--recon` is a change of the configuration like any other."""
+    command.add_argument(
+        "--recon", action="append_const", dest="set", const="quant.recon.enabled=true",
+        help="train rounding and grids block by block (quant.recon)",
+    )  # fmt: skip
 
 
 def _evaluate_options(command: argparse.ArgumentParser) -> None:
@@ -428,6 +438,7 @@ def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="run folder, default runs/<model.name>")
+    _recon_option(parser)
     args = parser.parse_args(argv)
 
     def action() -> None:

@@ -6,6 +6,8 @@ Every key that exists is a field below. A key that does not exist, or has the wr
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from cachequant.errors import UserError
 
 FAMILIES = ("ddpm-cifar10", "ldm4-bedroom", "ldm8-church", "ldm4-imagenet", "sd-v1", "dit-xl2")
 """The paper's models."""
+
+FORMATS = ("int", "fp8", "log2")
+"""What numbers a grid holds."""
 
 
 @dataclass
@@ -94,6 +99,8 @@ class CorrectionConfig:
 
     `cache`: correct the reused feature; `forecast`: from two features, the one refreshed a group earlier beside the newest.
     `ridge`, `inflation`: of `cachequant.correction.Moments.solve`; the inflation is that of the cached feature's map.
+    `held_out` (free_running only) shrinks every layer's map towards no change, by what the half of the samples that it was
+    not fitted on confirms.
     `output` maps the prediction too, with x_t as second regressor (free_running only): none, least_squares towards the
     full-precision model at the same x_t, or spread, which on cached steps also keeps the spread of its trajectories.
     """
@@ -105,6 +112,28 @@ class CorrectionConfig:
     ridge: float = 0.0
     inflation: float = 0.0
     output: str = "none"
+    held_out: bool = False
+
+
+@dataclass
+class ReconConfig:
+    """Reconstruction of `cachequant.quant.learned`, `--recon` (`enabled`): rounding and activation grids trained by blocks.
+
+    `samples` rows per block over all steps, `batch_size` of them in each of `iterations`. Learning rates: `weight_lr` of the
+    rounding, `scale_lr` of activation scales as a share of each, `zero_point_lr` of weight and activation zero points in
+    steps of the grid. `regulariser`: pull of every rounding towards a whole one, over the error's. `drop`: share of the
+    activations that a block reads unrounded while it trains.
+    """
+
+    enabled: bool = False
+    iterations: int = 3000
+    samples: int = 1024
+    batch_size: int = 32
+    weight_lr: float = 1e-2
+    scale_lr: float = 1e-4
+    zero_point_lr: float = 0.0
+    regulariser: float = 10.0
+    drop: float = 0.0
 
 
 @dataclass
@@ -114,6 +143,11 @@ class QuantConfig:
     `enabled`: quantise at all. `weight_bits`, `activation_bits`: of every layer between the ends; `time_embedding`: those of
     the time embedding too. `weight_search`, `activation_search`: how ranges are found, of `cachequant.quant.affine`.
     `weight_symmetric`: weight grids around zero; the paper's are not, which costs the GPU's kernels a sum per activation.
+    `rounding` of weights below 8 bits: nearest, or compensated from second moments of `rounding_samples` trajectories
+    (`cachequant.quant.rounding`), which also searches their grids. With it, `budget` is the share of the full-precision
+    bytes that weights and everything left in full precision may take: what is to spare keeps layers at 8 bits.
+    `bits_map`: pattern of layer names (first match counts) -> w8a8, w4a8, … or float for a layer that stays as it is.
+    `weight_format`, `activation_format` of everything else: int, or fp8 and log2, which are simulated only.
     """
 
     enabled: bool = True
@@ -125,6 +159,13 @@ class QuantConfig:
     weight_search: str = "mse"
     weight_symmetric: bool = False
     activation_search: str = "mse"
+    rounding: str = "nearest"
+    rounding_samples: int = 64
+    budget: float | None = None
+    bits_map: dict[str, str] = field(default_factory=dict)
+    weight_format: str = "int"
+    activation_format: str = "int"
+    recon: ReconConfig = field(default_factory=ReconConfig)
 
 
 @dataclass
@@ -202,6 +243,9 @@ _CHOICES = {
     "correction.trajectory": ("full_precision", "free_running"),
     "quant.weight_search": ("minmax", "mse", "percentile"),
     "quant.activation_search": ("minmax", "mse", "percentile"),
+    "quant.rounding": ("nearest", "compensated"),
+    "quant.weight_format": FORMATS,
+    "quant.activation_format": FORMATS,
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "sampler.steps": (1, 100_000),
@@ -218,6 +262,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "quant.activation_bits": (2, 8),
     "quant.ends_bits": (2, 8),
     "quant.attention_bits": (2, 8),
+    "quant.rounding_samples": (1, 10**7),
+    "quant.budget": (0, 1),
+    "quant.recon.iterations": (1, 10**7),
+    "quant.recon.samples": (1, 10**7),
+    "quant.recon.batch_size": (1, 10**6),
+    "quant.recon.weight_lr": (0, 1e3),
+    "quant.recon.scale_lr": (0, 1e3),
+    "quant.recon.zero_point_lr": (0, 1e3),
+    "quant.recon.regulariser": (0, 1e3),
+    "quant.recon.drop": (0, 1),
     "calibration.samples": (1, 10**7),
     "calibration.dps_samples": (1, 10**7),
     "calibration.dec_samples": (1, 10**7),
@@ -334,6 +388,7 @@ def validate(config: RunConfig) -> None:
     name = config.model.name
     if name and (Path(name).name != name or name == ".." or "\0" in name):
         raise UserError(f"model.name is {name[:80]!r}, expected the name of a folder in {config.output}: correct it")
+    _validate_quant(config.quant)
     calibration, correction = config.calibration, config.correction
     if calibration.cached_inputs > calibration.refresh_inputs:
         raise UserError(
@@ -367,9 +422,40 @@ def validate(config: RunConfig) -> None:
         )
 
 
+def parse_bits(value: str) -> tuple[int, int] | None:
+    """Bits of weights and activations of an entry of `quant.bits_map`; None for float.
+
+    Raises:
+        UserError: neither float nor w8a8, w4a8, ….
+    """
+    if value == "float":
+        return None
+    found = re.fullmatch(r"w([2-8])a([2-8])", value)
+    if found is None:
+        raise UserError(f"quant.bits_map holds {value!r}, expected float or bits such as w8a8 or w4a8: correct it")
+    return int(found[1]), int(found[2])
+
+
+def _validate_quant(quant: QuantConfig) -> None:
+    """What single choices and ranges do not say about the quantisation."""
+    for value in quant.bits_map.values():
+        parse_bits(value)
+    formats = {quant.weight_format, quant.activation_format}
+    for kind, bits in ((quant.weight_format, quant.weight_bits), (quant.activation_format, quant.activation_bits)):
+        if kind == "fp8" and bits != 8:
+            raise UserError(f"fp8 with {bits} bits, expected 8: set quant.weight_bits and quant.activation_bits to 8")
+    if formats != {"int"} and quant.recon.enabled:
+        raise UserError(
+            f"{(formats - {'int'}).pop()} with quant.recon.enabled, expected int: only integer grids are reconstructed"
+        )
+    if quant.budget is not None and quant.rounding != "compensated":
+        raise UserError(
+            "quant.budget is set with nearest rounding, expected compensated: set quant.rounding=compensated"
+        )
+
+
 def _lookup(config: RunConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def read_yaml(path: Path) -> DictConfig:

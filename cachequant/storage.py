@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cachequant.config import FORMATS
 from cachequant.errors import UserError
 from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant, QuantState, WeightGrid
 
@@ -198,6 +199,7 @@ def pack_weights(state: QuantState) -> dict[str, Tensor]:
             flat[f"{prefix}.weight_scale"] = grid.scale
             flat[f"{prefix}.weight_zero_point"] = grid.zero_point.to(torch.uint8)
             flat[f"{prefix}.weight_grid"] = torch.tensor([grid.bits, *grid.values.shape], dtype=torch.int32)
+            flat |= _pack_format(f"{prefix}.weight_format", grid.format)
     return flat
 
 
@@ -320,7 +322,8 @@ def _unpack_grid(prefix: str, flat: dict[str, Tensor]) -> WeightGrid:
         raise UserError(f"{prefix}.weight is not {bits} bits of shape {shape}: the file is damaged, make it again")
     if not len(scale) == len(zero_point) == shape[0]:
         raise UserError(f"{prefix} has {shape[0]} channels and {len(scale)} scales: the file is damaged, make it again")
-    return WeightGrid(unpack_nibbles(stored, tuple(shape)) if packed else stored, scale, zero_point, bits)
+    values = unpack_nibbles(stored, tuple(shape)) if packed else stored
+    return WeightGrid(values, scale, zero_point, bits, _unpack_format(f"{prefix}.weight_format", flat))
 
 
 def _pack_table(prefix: str, table: ActivationTable) -> dict[str, Tensor]:
@@ -329,6 +332,7 @@ def _pack_table(prefix: str, table: ActivationTable) -> dict[str, Tensor]:
         f"{prefix}.scale": table.scale,
         f"{prefix}.zero_point": table.zero_point,
         f"{prefix}.bits": torch.tensor(table.bits, dtype=torch.int32),
+        **_pack_format(f"{prefix}.format", table.format),
     }
 
 
@@ -345,7 +349,21 @@ def _unpack_table(prefix: str, flat: dict[str, Tensor]) -> ActivationTable:
     )
     if not usable:
         raise UserError(f"{prefix} is no table of {bits} bit grids by rising steps: the file is damaged, make it again")
-    return ActivationTable(steps, scale, zero_point, bits)
+    return ActivationTable(steps, scale, zero_point, bits, _unpack_format(f"{prefix}.format", flat))
+
+
+def _pack_format(key: str, name: str) -> dict[str, Tensor]:
+    """A number format by its place in `FORMATS`; nothing for integers."""
+    return {} if name == "int" else {key: torch.tensor(FORMATS.index(name), dtype=torch.int32)}
+
+
+def _unpack_format(key: str, flat: dict[str, Tensor]) -> str:
+    if key not in flat:
+        return "int"
+    place = int(_checked(flat, key, torch.int32, 0))
+    if not 0 <= place < len(FORMATS):
+        raise UserError(f"{key} is {place}, expected 0 to {len(FORMATS) - 1}: the file is damaged, make it again")
+    return FORMATS[place]
 
 
 def _names(flat: Iterable[str], start: str, end: str) -> list[str]:

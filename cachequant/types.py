@@ -132,12 +132,14 @@ class ActivationTable:
         scale: [R] step size of the grid.
         zero_point: [R] integer that stands for 0, in [0, 2^bits - 1].
         bits: grid size.
+        format: int, or one of `cachequant.quant.formats`, whose scale is that of its codebook and whose zero point is 0.
     """
 
     steps: Tensor
     scale: Tensor
     zero_point: Tensor
     bits: int
+    format: str = "int"
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,14 @@ class WeightGrid:
         scale: [O] step size per output channel.
         zero_point: [O] integer that stands for 0.
         bits: grid size.
+        format: int, or one of `cachequant.quant.formats`, of whose codebook the values are indices.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
     bits: int
+    format: str = "int"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The configuration: what is shipped loads, what is wrong is named, and later layers win."""
 
 import json
+import re
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cachequant.config import (
     config_to_dict,
     load_config,
     method_path,
+    parse_bits,
     repository_folder,
     validate,
 )
@@ -386,3 +388,33 @@ def test_loading_does_not_touch_what_was_loaded_before(model: Path) -> None:
 def test_a_section_that_is_none_is_refused_where_the_base_has_one_too(tmp_path: Path, value: str) -> None:
     with pytest.raises(UserError, match=r"model\.yaml: calibration is .* expected a section of keys"):
         load_config(write(tmp_path, f"calibration: {value}\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quant.bits_map={a: w9a8}", "quant.bits_map holds 'w9a8'"),
+        ("quant.bits_map={a: int8}", "expected float or bits such as w8a8"),
+        ("quant.weight_format=fp16", "quant.weight_format is 'fp16', expected one of int, fp8, log2"),
+        ("quant.rounding=up", "expected one of nearest, compensated"),
+        ("quant.budget=1.5", "quant.budget is 1.5, expected 0 to 1"),
+        ("quant.recon.iterations=0", "quant.recon.iterations is 0"),
+        ("quant.recon.iteration=5", "did you mean quant.recon.iterations"),
+    ],
+)
+def test_what_quantisation_cannot_be(model: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(model, [override])
+
+
+def test_settings_of_the_quantisation_that_exclude_one_another(model: Path) -> None:
+    with pytest.raises(UserError, match="fp8 with 4 bits, expected 8"):
+        load_config(model, ["quant.weight_format=fp8", "quant.weight_bits=4"])
+    with pytest.raises(UserError, match=r"log2 with quant\.recon\.enabled"):
+        load_config(model, ["quant.activation_format=log2", "quant.recon.enabled=true"])
+    with pytest.raises(UserError, match=r"quant.budget is set with nearest rounding"):
+        load_config(model, ["quant.budget=0.2", "quant.rounding=nearest"])
+
+
+def test_bits_by_name_are_parsed() -> None:
+    assert parse_bits("w4a8") == (4, 8) and parse_bits("float") is None

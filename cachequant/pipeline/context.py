@@ -19,8 +19,8 @@ from cachequant.models.prompts import read_prompts, refuse_shared_prompts
 from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
 from cachequant.plan import ModelIdentity
 
-FRESH, HELD_OUT = 1_000_000, 2_000_000
-"""Offsets of the seeds of stage 2's fresh trajectories and of the schedule's held-out noise."""
+FRESH, HELD_OUT, ROUNDING = 1_000_000, 2_000_000, 3_000_000
+"""Offsets of the seeds of stage 2's fresh trajectories, the schedule's held-out noise and the rounding's trajectories."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _free_running(context: Context, cache: FeatureCache, handle: QuantizedNetwor
     sums: dict[int, Moments] = {}
     predictions = PredictionFit(context, spread)
     for name in names:
-        handle.layers[name].ridge = settings.ridge
+        handle.layers[name].ridge, handle.layers[name].held_out = settings.ridge, settings.held_out
 
     def step(call: Call) -> Tensor:
         """Full precision at the accelerated model's x_t is the target; the accelerated step, fitted to it, leads."""

@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from fnmatch import fnmatchcase
 
-from cachequant.cache.feature_cache import FeatureCache
-from cachequant.config import QuantConfig
+import torch
+from torch import nn
+
+from cachequant.config import QuantConfig, parse_bits
+from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.calibrate import Calibration
-from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.features import calibration_cache
-from cachequant.pipeline.hook import Call
-from cachequant.pipeline.inputs import StepInput, spread
+from cachequant.pipeline.walk import Walk
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.layers import Mode
-from cachequant.types import AffineMap, Correction, QuantState, Schedule
+from cachequant.types import Correction, QuantState, Schedule
 
 
 def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
     """Which layers are quantised and how: everything Conv2d / Linear, by structure and never by list index.
 
-    First and last convolution take `ends_bits` for both operands, or stay as they are with None.
+    First and last convolution take `ends_bits` for both operands, or stay as they are with None. `bits_map` goes before all.
+
+    Raises:
+        UserError: a pattern of `bits_map` that no layer has.
     """
     ends, time, splits = adapter.end_names(), adapter.time_names(), adapter.splits()
-    plans = {}
+    plans, used = {}, set[str]()
     for name, module in adapter.denoiser.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or (name in time and not config.time_embedding):
+        if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or module.groups != 1):
             continue
-        if name in ends:
+        pattern, split = mapped(name, config), splits.get(name, 0)
+        if pattern is not None:
+            used.add(pattern)
+            bits = parse_bits(config.bits_map[pattern])
+            if bits is not None:
+                plans[name] = LayerPlan(*bits, split)
+        elif name in ends:
             if config.ends_bits is not None:
                 plans[name] = LayerPlan(config.ends_bits, config.ends_bits)
-            continue
-        plans[name] = LayerPlan(config.weight_bits, config.activation_bits, splits.get(name, 0))
+        elif name not in time or config.time_embedding:
+            formats = (config.weight_format, config.activation_format)
+            plans[name] = LayerPlan(config.weight_bits, config.activation_bits, split, *formats)
+    if unused := [pattern for pattern in config.bits_map if pattern not in used]:
+        raise UserError(
+            f"quant.bits_map has {unused[0]!r}, which fits no layer that an earlier pattern leaves, expected a pattern of "
+            f"names such as {next(iter(plans), 'conv_in')}: correct or remove it"
+        )
     return plans
+
+
+def mapped(name: str, config: QuantConfig) -> str | None:
+    """The first pattern of `bits_map` that fits a layer's name, or None."""
+    return next((pattern for pattern in config.bits_map if fnmatchcase(name, pattern)), None)
 
 
 def quantise_weights(context: Context) -> QuantState:
@@ -61,44 +79,16 @@ def calibrate_quantisers(
     their scales exponentially, and layers that a cached step does not reach have no row there. `weights` are those of
     `quantise_weights`, made here if absent.
     """
-    adapter, config = context.adapter, context.config
-    device = next(adapter.denoiser.parameters()).device
-    cache = calibration_cache(context, schedule)
-    state = weights or quantise_weights(context)
-    handle = install(
-        adapter.denoiser,
-        state,
-        cache,
-        config.quant.activation_search,
-        attention_bits=config.quant.attention_bits,
-    )
+    adapter, quant = context.adapter, context.config.quant
+    walk, state = Walk(context, calibration, schedule, correction), weights or quantise_weights(context)
+    cache = walk.fresh_cache()
+    handle = install(adapter.denoiser, state, cache, quant.activation_search, attention_bits=quant.attention_bits)
     adapter.rebuild()
     handle.set_mode(Mode.OBSERVE)
-    sizes = (config.calibration.refresh_inputs, config.calibration.cached_inputs)
     try:
-        for step in tqdm(range(context.num_steps), desc="4 quant params", unit="step", leave=False, disable=None):
-            count = sizes[0] if schedule.is_refresh(step) else sizes[1]
-            rows = calibration.inputs[step].rows(count, device)
-            _observe(Chunks.of(context, len(rows.x)), cache, correction, rows)
+        for step in walk.run(cache, "4 quant params"):
             handle.finish_step(step)
-            cache.advance(schedule.is_refresh(step))
         return handle.state
     finally:
         handle.remove()
         adapter.rebuild()
-
-
-def _observe(network: Chunks, cache: FeatureCache, correction: Correction, rows: StepInput) -> None:
-    """One step of the network that will be quantised, in full precision, on some rows."""
-    call = Call(rows.x, rows.timestep, dict(rows.kwargs))
-    if cache.must_refresh:
-        _, feature = network.full(call)
-        cache.store(feature)
-        return
-    affine = correction.cache.get(cache.step)
-    reused = cache.reuse(None if affine is None else _on(affine, rows.x))
-    network.cached(call, reused[spread(len(reused), len(rows.x)).to(reused.device)])
-
-
-def _on(affine: AffineMap, x: Tensor) -> AffineMap:
-    return affine.to(x.device, x.dtype)

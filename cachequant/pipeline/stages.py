@@ -21,8 +21,11 @@ from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.pace import within_budget
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
+from cachequant.pipeline.reconstruct import reconstruct
+from cachequant.pipeline.round_weights import needing, round_weights
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
+from cachequant.pipeline.walk import Walk
 from cachequant.plan import Plan
 from cachequant.shards import ShardSet
 from cachequant.storage import (
@@ -39,6 +42,8 @@ from cachequant.storage import (
 from cachequant.types import Correction, QuantState, Schedule
 
 STAGES = ("calibrate", "dump_features", "fit_dec_cache", "quant_params", "fit_dec_quant", "sample")
+LATER = ("rounding", "rounding_samples", "budget", "recon")
+"""Settings of the quantisation that its first grids do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class Stages:
     def weights(self) -> tuple[QuantState, str]:
         """Stage 4, first half: integer weights, shared by every schedule and correction."""
         identity = self.context.identity
-        inputs = {"weights": [identity.model, identity.weights], "quant": asdict(self.context.config.quant)}
+        inputs = {"weights": [identity.model, identity.weights], "quant": self._grid_settings()}
 
         def save(folder: Path, value: QuantState) -> None:
             save_tensors(folder / "weights.safetensors", pack_quant(value))
@@ -160,13 +165,10 @@ class Stages:
 
         return self.store.obtain(4, "quant_weights", inputs, lambda: quantise_weights(self.context), save, load)
 
-    def quant(self) -> tuple[QuantState | None, str]:
-        """Stage 4: integer weights and activation tables; None where quantisation is off."""
+    def grids(self) -> tuple[QuantState, str]:
+        """Stage 4, second half: activation tables, and the weights as they are so far."""
         (calibration, _), (schedule, _) = self.calibration(), self.schedule()
         correction, parent = self.cache_correction()
-        settings = self.context.config.quant
-        if not settings.enabled:
-            return None, parent
         weights, _ = self.weights()
 
         def compute() -> QuantState:
@@ -178,8 +180,47 @@ class Stages:
         def load(folder: Path) -> QuantState:
             return unpack_quant({**pack_quant(weights), **load_tensors(folder / "tables.safetensors")})
 
-        inputs = {"parent": parent, "quant": asdict(settings)}
+        inputs = {"parent": parent, "quant": self._grid_settings()}
         return self.store.obtain(4, "quant_params", inputs, compute, save, load)
+
+    def quant(self) -> tuple[QuantState | None, str]:
+        """Stage 4: integer weights and activation tables; None where quantisation is off."""
+        settings = self.context.config.quant
+        if not settings.enabled:
+            return None, self.cache_correction()[1]
+        state, key = self.grids()
+        if settings.rounding == "compensated" and needing(state):
+            state, key = self._rounded(state, key)
+        if settings.recon.enabled:
+            state, key = self._reconstructed(state, key)
+        return state, key
+
+    def _rounded(self, state: QuantState, parent: str) -> tuple[QuantState, str]:
+        """Stage 4, where weights are rounded in closed form."""
+        inputs = {"parent": parent, "quant": asdict(self.context.config.quant) | {"recon": None}}
+        return self.store.obtain(
+            4, "round_weights", inputs, lambda: round_weights(self._walk(), state), _save_quant, _load_quant
+        )
+
+    def _reconstructed(self, state: QuantState, parent: str) -> tuple[QuantState, str]:
+        """Stage 4, where blocks are trained: its folder holds those that are done."""
+        inputs = {"parent": parent, "recon": asdict(self.context.config.quant.recon)}
+        folder = self.store.folder(4, "reconstruct", self.store.key(4, "reconstruct", inputs))
+
+        def compute() -> QuantState:
+            return reconstruct(self._walk(), state, folder)
+
+        return self.store.obtain(4, "reconstruct", inputs, compute, _save_quant, _load_quant, resumes=True)
+
+    def _walk(self) -> Walk:
+        """What stage 4 looks at."""
+        (calibration, _), (schedule, _), (correction, _) = self.calibration(), self.schedule(), self.cache_correction()
+        return Walk(self.context, calibration, schedule, correction)
+
+    def _grid_settings(self) -> dict[str, Any]:
+        """What determines nearest weights and activation tables."""
+        settings = asdict(self.context.config.quant)
+        return {key: value for key, value in settings.items() if key not in LATER}
 
     def correction(self) -> tuple[Correction, str]:
         """Stage 5: the corrections of the quantised layers beside those of the cache."""
@@ -272,6 +313,14 @@ class Stages:
             "parent": parent, "sample": asdict(self.context.config.sample), "prompts": list(prompts), "files": "shards",
             "backend": backend_of(self.context).name,
         }  # fmt: skip
+
+
+def _save_quant(folder: Path, value: QuantState) -> None:
+    save_tensors(folder / "quant.safetensors", pack_quant(value))
+
+
+def _load_quant(folder: Path) -> QuantState:
+    return unpack_quant(load_tensors(folder / "quant.safetensors"))
 
 
 def _save_correction(folder: Path, value: Correction) -> None:

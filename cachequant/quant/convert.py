@@ -12,6 +12,7 @@ from torch import nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.quant.attention import OPERANDS, QuantAttention
+from cachequant.quant.formats import quantize_to_format
 from cachequant.quant.layers import Layer, Mode, QuantLayer, quantize_weight
 from cachequant.types import ActivationTable, Correction, LayerQuant, QuantState
 
@@ -23,6 +24,8 @@ class LayerPlan:
     weight_bits: int
     activation_bits: int
     split: int = 0
+    weight_format: str = "int"
+    activation_format: str = "int"
 
 
 @dataclass
@@ -92,14 +95,18 @@ def fresh_state(
         weight = cast(Layer, network.get_submodule(name)).weight
         widths = (plan.split, weight.shape[1] - plan.split) if plan.split else (weight.shape[1],)
         parts = weight.split(widths, dim=1)
-        grids = tuple(quantize_weight(w, plan.weight_bits, weight_search, symmetric) for w in parts)
-        layers[name] = LayerQuant(grids, tuple(empty_table(plan.activation_bits) for _ in widths), widths)
+        if plan.weight_format == "int":
+            grids = tuple(quantize_weight(w, plan.weight_bits, weight_search, symmetric) for w in parts)
+        else:
+            grids = tuple(quantize_to_format(w, plan.weight_format, plan.weight_bits, weight_search) for w in parts)
+        tables = tuple(empty_table(plan.activation_bits, plan.activation_format) for _ in widths)
+        layers[name] = LayerQuant(grids, tables, widths)
     return QuantState(layers)
 
 
-def empty_table(bits: int) -> ActivationTable:
+def empty_table(bits: int, kind: str = "int") -> ActivationTable:
     """A table without rows."""
-    return ActivationTable(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0), bits)
+    return ActivationTable(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0), bits, kind)
 
 
 def refuse_unfit(network: nn.Module, state: QuantState, correction: Correction) -> None:

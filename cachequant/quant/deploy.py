@@ -18,6 +18,7 @@ from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.context import ContextOperands
 from cachequant.quant.convert import QuantizedNetwork, install, refuse_unfit, replace_module
 from cachequant.quant.deployed import IntegerLayer
+from cachequant.quant.formats import only_simulated
 from cachequant.quant.step_tables import StepTables
 from cachequant.quant.time_projections import TimeProjections, share_time_projections
 from cachequant.types import Correction, LayerQuant, QuantState
@@ -89,7 +90,7 @@ def deploy(
     others: dict[str, LayerQuant] = {}
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
-        reason = unsupported(layer.weights, Geometry.of(source))
+        reason = only_simulated(layer) or unsupported(layer.weights, Geometry.of(source))
         if reason is not None:
             handle.reasons[name], others[name] = reason, layer
             continue
@@ -134,7 +135,8 @@ def deploy_on_device(
     tables = handle.tables
     for name, layer in state.layers.items():
         source: Any = network.get_submodule(name)
-        reason = unsupported(layer.weights, tuple(table.bits for table in layer.inputs), Geometry.of(source))
+        bits = tuple(table.bits for table in layer.inputs)
+        reason = only_simulated(layer) or unsupported(layer.weights, bits, Geometry.of(source))
         if reason is not None:
             handle.reasons[name], others[name] = reason, layer
             continue

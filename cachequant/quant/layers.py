@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.correction import Moments, fold_into_epilogue
+from cachequant.correction import Moments, fold_into_epilogue, solve_held_out
 from cachequant.kernels.reference import Geometry, epilogue, product
 from cachequant.quant.affine import quantize, search_grid
+from cachequant.quant.formats import centred_weight
 from cachequant.quant.observer import StepQuantizer
 from cachequant.types import AffineMap, LayerQuant, WeightGrid
 
@@ -76,18 +77,19 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.clock, self.mode = clock, Mode.QUANTIZED
         self.geometry, self.widths, self.weights = Geometry.of(source), state.widths, state.weights
-        self.quantizers = [StepQuantizer(t.bits, search, t if len(t.steps) else None) for t in state.inputs]
+        self.quantizers = [StepQuantizer(t.bits, search, t if len(t.steps) else None, t.format) for t in state.inputs]
         self.corrections: dict[int, AffineMap] = dict(corrections or {})
         self.moments: dict[int, Moments] = {}
-        self.ridge = 0.0
+        self.ridge, self.held_out = 0.0, False
         self._source = (source,)  # a tuple hides it from the module tree
         self._targets: list[Tensor] = []  # of the chunks of a batch, in order
+        self._halves = (Moments(), Moments())  # of the step that FIT is at: every other sample
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
         device = self.weights[0].values.device if source.weight.is_meta else source.weight.device
         self.bias: Tensor | None
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float(), persistent=False)
         for i, grid in enumerate(self.weights):
-            centred = grid.values.to(device).float() - _column(grid.zero_point.to(device), grid.values.dim())
+            centred = centred_weight(grid, device)
             if source.weight.dim() == 4 and source.weight.is_contiguous(memory_format=torch.channels_last):
                 centred = centred.contiguous(memory_format=torch.channels_last)
             self.register_buffer(f"weight_{i}", centred, persistent=False)
@@ -116,7 +118,7 @@ class QuantLayer(nn.Module):
         """Before a RECORD pass: drop targets that nothing fitted and, at a new step, the pairs of the step before."""
         self._targets.clear()
         if new_step:
-            self.moments.clear()
+            self._halves = (Moments(), Moments())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
         """`.to()` moves the replaced layer too, and what was folded on the old device is folded again."""
@@ -199,12 +201,21 @@ class QuantLayer(nn.Module):
             shape = [1] * x.dim()
             shape[dim] = -1
             rest = rest + self.bias.view(shape)
-        moments = self.moments.setdefault(self.clock.step, Moments())  # of all chunks so far
-        moments.update((scaled[0],), self._targets.pop(0).float() - rest, dim)
-        fitted = moments.solve(self.ridge)
+        target = self._targets.pop(0).float() - rest
+        for half, moments in enumerate(self._halves):
+            if len(target) > half:
+                moments.update((scaled[0][half::2],), target[half::2], dim)
+        fitted = self._solve()
         self.corrections[self.clock.step] = fitted
         self._epilogues.pop(self.clock.step, None)
         return (fitted.apply(scaled[0], channel_dim=dim) + rest).to(x.dtype)
+
+    def _solve(self) -> AffineMap:
+        """The map from the pairs of all chunks so far."""
+        if self.held_out:
+            return solve_held_out(self._halves, self.ridge)
+        grams = [half.gram for half in self._halves if half.gram is not None]
+        return Moments(sum(grams[1:], grams[0])).solve(self.ridge)
 
 
 _BEHAVIOUR: dict[Mode, Callable[[QuantLayer, Tensor], Tensor]] = {
@@ -215,8 +226,3 @@ _BEHAVIOUR: dict[Mode, Callable[[QuantLayer, Tensor], Tensor]] = {
     Mode.PAIR: QuantLayer._pair,
     Mode.FIT: QuantLayer._fit,
 }
-
-
-def _column(values: Tensor, dims: int) -> Tensor:
-    """[O] -> [O, 1, ...] with `dims` dimensions."""
-    return values.view(-1, *[1] * (dims - 1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from cachequant.errors import UserError
 from cachequant.kernels.reference import centred_integers
 from cachequant.quant.affine import search_grid
+from cachequant.quant.formats import nearest, search_scale
 from cachequant.types import ActivationTable
 
 POOL = 4096
@@ -23,10 +24,11 @@ class StepQuantizer:
         bits: grid size.
         search: range search of `cachequant.quant.affine.search_grid`.
         table: rows found before, or None to observe.
+        kind: format of the numbers, where there is no table yet.
     """
 
-    def __init__(self, bits: int, search: str = "mse", table: ActivationTable | None = None) -> None:
-        self.bits, self.search = bits, search
+    def __init__(self, bits: int, search: str = "mse", table: ActivationTable | None = None, kind: str = "int") -> None:
+        self.bits, self.search, self.format = bits, search, kind if table is None else table.format
         self._pool: list[Tensor] = []
         self._rows: dict[int, tuple[float, float]] = {}
         if table is not None:
@@ -45,8 +47,11 @@ class StepQuantizer:
         if not self._pool:
             return
         values = torch.cat(self._pool).float()[None]  # [1, n]
-        scale, zero_point = search_grid(values, self.bits, self.search)
-        self._rows[step] = (float(scale), float(zero_point))
+        if self.format == "int":
+            scale, zero_point = search_grid(values, self.bits, self.search)
+            self._rows[step] = (float(scale), float(zero_point))
+        else:
+            self._rows[step] = (float(search_scale(values, self.format, self.bits, self.search)), 0.0)
         self._steps = sorted(self._rows)
         self._pool.clear()
 
@@ -61,8 +66,10 @@ class StepQuantizer:
         return row if row is not None else self._rows[self._steps[max(bisect_right(self._steps, step) - 1, 0)]]
 
     def integers(self, x: Tensor, step: int) -> tuple[Tensor, float]:
-        """(q - z, scale) of x on the grid of `step`."""
+        """(q - z, scale) of x on the grid of `step`; of another format its values in units of the scale."""
         scale, zero_point = self.row(step)
+        if self.format != "int":
+            return nearest(x / scale, self.format, self.bits), scale
         return centred_integers(x, scale, zero_point, self.bits), scale
 
     def fake(self, x: Tensor, step: int) -> Tensor:
@@ -76,4 +83,4 @@ class StepQuantizer:
         steps = torch.tensor(self._steps, dtype=torch.int32)
         scale = torch.tensor([self._rows[s][0] for s in self._steps], dtype=torch.float32)
         zero_point = torch.tensor([self._rows[s][1] for s in self._steps], dtype=torch.float32)
-        return ActivationTable(steps, scale, zero_point, self.bits)
+        return ActivationTable(steps, scale, zero_point, self.bits, self.format)

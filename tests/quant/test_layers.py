@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.correction import fit_affine
+from cachequant.correction import Moments, fit_affine, solve_held_out
 from cachequant.kernels.reference import Geometry, centred_integers, product
 from cachequant.quant.affine import quantize
 from cachequant.quant.attention import OPERANDS
@@ -410,7 +410,30 @@ def test_a_fit_of_chunks_is_the_fit_of_their_pairs_together() -> None:
     close(parts.corrections[0].scale, whole.corrections[0].scale)
     close(parts.corrections[0].shift, whole.corrections[0].shift)
     parts.start_fit(new_step=True)
-    assert not parts.moments
+    layer.mode = Mode.FIT
+    parts.mode = Mode.RECORD
+    parts(truth)
+    parts.mode = Mode.FIT
+    parts(x)
+    close(parts.corrections[0].scale, whole.corrections[0].scale)  # nothing of the step before is left
+
+
+def test_a_held_out_fit_is_that_of_every_other_sample_on_the_rest() -> None:
+    x, truth = (torch.randn(60, 6, generator=generator(seed)) for seed in (0, 1))
+    layer = quantised(linear(), (table(0.4, 7, 4),), (6,), bits=4)
+    layer.held_out = True
+    layer.mode = Mode.RECORD
+    target = layer(truth)
+    layer.mode = Mode.QUANTIZED
+    product_alone = layer(x) - layer.source.bias
+    layer.mode = Mode.FIT
+    layer(x)
+    halves = (Moments(), Moments())
+    for half, moments in enumerate(halves):
+        moments.update((product_alone[half::2],), (target - layer.source.bias)[half::2])
+    expected = solve_held_out(halves)
+    close(layer.corrections[0].scale, expected.scale)
+    close(layer.corrections[0].shift, expected.shift)
 
 
 def test_a_strong_ridge_keeps_the_scale_and_still_centres() -> None:

@@ -1,0 +1,251 @@
+"""Reconstruction: rounding and activation grids of one block trained towards the block's full-precision output.
+
+AdaRound's soft rounding (Nagel et al., ICML 2020, equations 22 to 24) over blocks (Li et al., BRECQ, ICLR 2021), with LSQ+'s
+straight-through activation grids (Bhalgat et al., 2020), as CacheQuant's `--recon` uses them. Differences from its released
+code: the regulariser is alive, so that what is hardened at the end is whole already (there its coefficient never leaves
+zero and hardening undoes what was learnt); one optimiser a block (there a new one at every iteration, which forgets
+Adam's moments); every layer of a block has the same learning rates (there the tail's differ by mistake).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cachequant.config import ReconConfig
+from cachequant.kernels.reference import Geometry, product
+from cachequant.quant.layers import Layer
+from cachequant.types import ActivationTable, LayerQuant, WeightGrid
+
+GAMMA, ZETA = -0.1, 1.1
+"""Stretch of the sigmoid that lets a soft rounding reach 0 and 1."""
+
+WARM_UP, ANNEALED, BETA_FIRST, BETA_LAST = 0.2, 0.7, 20.0, 2.0
+"""Shares of the iterations before which there is no regulariser and behind which its power, annealed, is the last one.
+
+The cosine of the learning rate has spent 95 % of the way by 0.8: what is to become whole has to be pulled before.
+"""
+
+
+class Rows:
+    """Steps of the samples in the current batch: [B], shared by the layers of a block."""
+
+    steps: Tensor = torch.zeros(0, dtype=torch.int64)
+
+
+class LearnedLayer(nn.Module):
+    """A quantised layer whose rounding, zero points and activation grids have gradients; it begins at the real weights.
+
+    A weight is s·(clip(base + h, 0, levels) - z), h ∈ [0, 1] its soft rounding; base is the whole number below the real
+    weight, or its neighbour where rounding compensated others.
+
+    Args:
+        source: the full-precision layer.
+        state: grids to begin with.
+        rows: steps of the samples that come.
+        drop: share of the activations that stay unrounded in training.
+    """
+
+    def __init__(self, source: Layer, state: LayerQuant, rows: Rows, drop: float) -> None:
+        super().__init__()
+        self.geometry, self.state, self.rows, self.drop = Geometry.of(source), state, rows, drop
+        weight = source.weight.detach().float()
+        self.bias = None if source.bias is None else source.bias.detach().float()
+        self._steps = state.inputs[0].steps.to(weight.device)
+        self.rounding, self.weight_shift = nn.ParameterList(), nn.ParameterList()
+        self.scale, self.zero_point = nn.ParameterList(), nn.ParameterList()
+        for i, (part, grid, table) in enumerate(
+            zip(weight.split(state.widths, dim=1), state.weights, state.inputs, strict=True)
+        ):
+            base, whole = _beginning(part, grid)
+            self.register_buffer(f"base_{i}", base)
+            self.register_buffer(f"grid_scale_{i}", _column(grid.scale.to(weight), part.dim()))
+            self.register_buffer(f"grid_zero_{i}", _column(grid.zero_point.to(weight), part.dim()))
+            self.rounding.append(nn.Parameter(_unrounded(whole)))
+            self.weight_shift.append(nn.Parameter(torch.zeros_like(self.get_buffer(f"grid_zero_{i}"))))
+            self.scale.append(nn.Parameter(table.scale.to(weight, copy=True)))
+            self.zero_point.append(nn.Parameter(table.zero_point.to(weight, copy=True)))
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """The layer on soft weights and rounded activations, its output as `QuantLayer`'s."""
+        channels = self.geometry.channel_dim
+        parts = x.float().split(self.state.widths, dim=channels) if len(self.state.widths) > 1 else (x.float(),)
+        total = sum(product(self._activation(part, i), self._weight(i), self.geometry) for i, part in enumerate(parts))
+        assert isinstance(total, Tensor)
+        if self.bias is None:
+            return total
+        return total + (self.bias.view(-1, 1, 1) if self.geometry.is_conv else self.bias)
+
+    def soft(self) -> Iterator[Tensor]:
+        """h of every segment."""
+        for parameter in self.rounding:
+            yield (torch.sigmoid(parameter) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def _weight(self, segment: int) -> Tensor:
+        base, zero = self.get_buffer(f"base_{segment}"), self.get_buffer(f"grid_zero_{segment}")
+        levels = 2 ** self.state.weights[segment].bits - 1
+        moved = _whole(zero + self.weight_shift[segment]).clamp(0, levels)
+        soft = (torch.sigmoid(self.rounding[segment]) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        inside = torch.minimum((base - zero + soft + moved).clamp(min=0), torch.full_like(base, levels))
+        return (inside - moved) * self.get_buffer(f"grid_scale_{segment}")
+
+    def _activation(self, x: Tensor, segment: int) -> Tensor:
+        index = torch.searchsorted(self._steps, self.rows.steps.to(self._steps), right=True).sub(1).clamp(min=0)  # [B]
+        shape = (-1, *[1] * (x.dim() - 1))
+        scale = self.scale[segment][index].abs().clamp(min=1e-12).view(shape)
+        levels = 2 ** self.state.inputs[segment].bits - 1
+        zero = _whole(self.zero_point[segment][index]).clamp(0, levels).view(shape)
+        rounded = ((_whole(x / scale) + zero).clamp(0, levels) - zero) * scale
+        if not self.drop or not self.training:
+            return rounded
+        return torch.where(torch.rand_like(x) < self.drop, x, rounded)
+
+    @torch.no_grad()
+    def hardened(self) -> LayerQuant:
+        """Whole integers and grids, as they are saved."""
+        weights, tables = [], []
+        for i, (soft, grid, table) in enumerate(zip(self.soft(), self.state.weights, self.state.inputs, strict=True)):
+            base, zero = self.get_buffer(f"base_{i}"), self.get_buffer(f"grid_zero_{i}")
+            levels = 2**grid.bits - 1
+            moved = (zero + self.weight_shift[i]).round().clamp(0, levels)
+            values = (base - zero + (soft >= 0.5) + moved).clamp(0, levels).to(torch.uint8).cpu().contiguous()
+            weights.append(WeightGrid(values, grid.scale, moved.flatten().cpu(), grid.bits))
+            scale = self.scale[i].abs().clamp(min=1e-12).cpu()
+            zeros = self.zero_point[i].round().clamp(0, 2**table.bits - 1).cpu()
+            tables.append(ActivationTable(table.steps, scale, zeros, table.bits))
+        return LayerQuant(tuple(weights), tuple(tables), self.state.widths)
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What a block is trained on, a row per sample and step.
+
+    Attributes:
+        args, kwargs: of the block's forward, each tensor [n, ...]; other values are the same for all rows.
+        target: [n, ...] the full-precision output.
+        steps: [n].
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Tensor
+    steps: Tensor
+
+    def batch(self, index: Tensor, device: torch.device) -> BlockData:
+        """Some rows, on a device."""
+
+        def cut(value: Any) -> Any:
+            return value[index].to(device) if isinstance(value, Tensor) else value
+
+        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
+        return BlockData(tuple(map(cut, self.args)), kwargs, cut(self.target), cut(self.steps))
+
+
+def train_block(
+    block: nn.Module, learned: dict[str, LearnedLayer], data: BlockData, rows: Rows, settings: ReconConfig, label: str
+) -> tuple[float, float]:
+    """Train the layers that stand in a block; returns the error before and after as a share of the target's power.
+
+    Loss: mean squared error over its value with the initial grids hardened, plus λ·mean(1 - |2h - 1|^β), both without unit.
+    """
+    device = next(iter(learned.values())).rounding[0].device
+    random = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(_groups(learned, settings))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.iterations)
+    unit = _error(block, data, rows, settings.batch_size, device).clamp(min=1e-20)
+    for layer in learned.values():  # the block itself stays as it is: its dropout is none of ours
+        layer.train()
+    with torch.enable_grad():
+        for iteration in tqdm(range(settings.iterations), desc=label, unit="iteration", leave=False, disable=None):
+            part = data.batch(torch.randint(len(data.steps), (settings.batch_size,), generator=random), device)
+            rows.steps = part.steps
+            error = (output_of(block(*part.args, **part.kwargs)) - part.target).square().mean() / unit
+            loss = error + settings.regulariser * unwhole(learned, iteration / settings.iterations)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    for layer in learned.values():
+        layer.eval()
+    power = data.target.square().mean()
+    return float(unit / power), float(_error(block, data, rows, settings.batch_size, device) / power)
+
+
+def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
+    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights, at `progress` from 0 to 1; β falls behind the warm-up."""
+    soft = [h for layer in learned.values() for h in layer.soft()]
+    if progress < WARM_UP:
+        return soft[0].new_zeros(())
+    share = min(1.0, (progress - WARM_UP) / (ANNEALED - WARM_UP))
+    beta = BETA_LAST + 0.5 * (BETA_FIRST - BETA_LAST) * (1 + math.cos(math.pi * share))
+    total = sum(((1 - (2 * h - 1).abs().pow(beta)).sum() for h in soft), soft[0].new_zeros(()))
+    return total / sum(h.numel() for h in soft)
+
+
+def _groups(learned: dict[str, LearnedLayer], settings: ReconConfig) -> list[dict[str, Any]]:
+    """Parameters with their learning rates: activation scales move by a share of their own mean."""
+    groups: list[dict[str, Any]] = []
+    for layer in learned.values():
+        groups.append({"params": list(layer.rounding), "lr": settings.weight_lr})
+        groups.append({"params": [*layer.weight_shift, *layer.zero_point], "lr": settings.zero_point_lr})
+        groups += [{"params": [s], "lr": settings.scale_lr * float(s.detach().mean())} for s in layer.scale]
+    return groups
+
+
+@torch.no_grad()
+def _error(block: nn.Module, data: BlockData, rows: Rows, size: int, device: torch.device) -> Tensor:
+    """Mean squared error of the block over all rows, with every rounding whole."""
+    layers = [m for m in block.modules() if isinstance(m, LearnedLayer)]
+    kept = [[p.clone() for p in layer.rounding] for layer in layers]
+    for layer in layers:
+        for parameter in layer.rounding:
+            parameter.copy_(torch.where(parameter >= 0, 20.0, -20.0))
+    total = torch.zeros((), device=device)
+    for start in range(0, len(data.steps), size):
+        part = data.batch(torch.arange(start, min(start + size, len(data.steps))), device)
+        rows.steps = part.steps
+        total += (output_of(block(*part.args, **part.kwargs)) - part.target).square().sum()
+    for layer, values in zip(layers, kept, strict=True):
+        for parameter, value in zip(layer.rounding, values, strict=True):
+            parameter.copy_(value)
+    return total / data.target.numel()
+
+
+def output_of(made: Any) -> Tensor:
+    """The tensor that a block returns, alone or first of several."""
+    output: Tensor = made[0] if isinstance(made, tuple) else made
+    return output
+
+
+def _beginning(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
+    """(base, h) of real weights on a grid: base is the integer, or the one below where the real weight is less.
+
+    base + h is the real weight, or as near as an h can be that still rounds to the integer which the grid came with.
+    """
+    values, dims = grid.values.to(weight), weight.dim()
+    wanted = weight / _column(grid.scale.to(weight), dims) + _column(grid.zero_point.to(weight), dims)
+    up = wanted < values
+    base = values - up.to(weight)
+    soft = (wanted - base).clamp(0.01, 0.99)
+    return base, torch.where(up, soft.clamp(min=0.52), soft.clamp(max=0.48))
+
+
+def _unrounded(soft: Tensor) -> Tensor:
+    """The parameter whose soft rounding is `soft`."""
+    return torch.logit((soft - GAMMA) / (ZETA - GAMMA))
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Rounding whose gradient is one (Bengio et al., 2013)."""
+    return x + (x.round() - x).detach()
+
+
+def _column(values: Tensor, dims: int) -> Tensor:
+    """[O] -> [O, 1, ...] with `dims` dimensions."""
+    return values.view(-1, *[1] * (dims - 1))
