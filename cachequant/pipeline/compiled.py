@@ -21,12 +21,14 @@ def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Whole:
-    """A network without a cache, with the two steps of an adapter: `full` takes no feature and gives an empty one.
+    """A network without a cache, with the steps of an adapter: `full` gives an empty feature.
 
     Args:
         network: of diffusers.
         compile: applied to its forward; None runs it as it is.
     """
+
+    width = 0
 
     def __init__(self, network: nn.Module, compile: Compile | None = None) -> None:
         kind: Any = type(network)
