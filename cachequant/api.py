@@ -21,6 +21,7 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, DenoiserHook
 from cachequant.pipeline.stages import Stages
+from cachequant.pipeline.step import cache_of
 from cachequant.plan import Plan
 from cachequant.quant.convert import QuantizedNetwork
 from cachequant.quant.deploy import Deployment, attach
@@ -75,7 +76,7 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     plan.identity.refuse_other(identify(pipe, plan.config.sampler.guidance_scale))
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
-    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, structure.channel_dim)
+    cache = cache_of(plan, structure)
     network = _install(structure, plan, cache, chosen)
 
     def check(call: Call) -> None:

@@ -48,7 +48,7 @@ def guarded(action: Callable[[], None]) -> int:
 def _one_line(error: Exception) -> str | None:
     """What to tell a user; None of an error that is ours."""
     if isinstance(error, UserError):
-        return str(error)
+        return " ".join(str(error).split())  # a name that was given may hold a line break
     if isinstance(error, OSError):
         name = str(error.filename or "a file")
         return f"cannot use {name[:80]}: {error.strerror or error}; choose another file or folder"
@@ -93,11 +93,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _evaluate_options(evaluate)
     report = _command(commands, "report", "one page about a plan, drawn from here and now", _report, computes=False)
-    report.add_argument("folder", type=Path, help="plan folder, or run folder with its plans")
-    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file, default report.html in the folder")
-    report.add_argument("--count", type=int, default=6, metavar="N", help="images of each row, default 6")
+    report.add_argument("folder", type=Path, help="plan folder, run folder with its plans, or with --study a YAML")
+    report.add_argument("--study", metavar="NAME", help="error, schedule, memory or scaling instead of the plan's page")
+    report.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of a study's YAML"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file, default report.html or study-NAME.html")
+    report.add_argument("--count", type=int, metavar="N", help="images of each row, default 6; of a study, default 32")
     report.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    report.epilog = "--json: {page: file, rows: [{name, psnr, ssim, seconds, …}]}"
+    report.epilog = (
+        "--json: {page: file, rows: [{name, psnr, ssim, seconds, …}]}; of a study {page: file, files: [file], …} with all "
+        "its numbers, which also lie beside the page with a PNG of each figure. A study goes on where it was interrupted."
+    )
     _add_bench(commands)
     inspect = _command(commands, "inspect", "what a plan holds", _inspect, computes=False)
     inspect.add_argument("plan", type=Path, help="plan folder")
@@ -360,12 +367,26 @@ def _report(args: argparse.Namespace) -> None:
     from cachequant.evaluation.rows import format_table, rows_to_json
     from cachequant.pipeline.report import write_plan_report
 
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}, expected 1 or more images")
+    count = args.count if args.count is not None else (32 if args.study else 6)
+    if count < 1:
+        raise UserError(f"--count is {count}, expected 1 or more images")
+    if args.study:
+        _study(args, count)
+        return
+    if args.set:
+        raise UserError(f"--set {args.set[0]} without --study, expected none: a plan's page is about the plan as it is")
     out = args.out or args.folder / "report.html"
-    rows = write_plan_report(args.folder, out, args.count, args.device)
+    rows = write_plan_report(args.folder, out, count, args.device)
     print(f"{format_table(rows)}\n\nwrote {out}")
     _report_json(args, {"page": str(out), **rows_to_json(rows)})
+
+
+def _study(args: argparse.Namespace, count: int) -> None:
+    from cachequant.pipeline.studies.registry import run_study
+
+    findings, files = run_study(args.study, args.folder, args.set, args.device, args.out, count)
+    print(f"{findings.text()}\n\nwrote {files[0]} and {len(files) - 1} files beside it")
+    _report_json(args, {"page": str(files[0]), "files": [str(file) for file in files], **findings.numbers})
 
 
 def _inspect(args: argparse.Namespace) -> None:

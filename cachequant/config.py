@@ -55,6 +55,12 @@ class SamplerConfig:
 class CacheConfig:
     """What is reused and how often: `interval` is the average number of evaluations that share one feature.
 
+    `refreshes`: full steps of a run, None is ceil(steps / interval). `budget_ms` or `speedup` choose both, and the
+    interval with them, from measured step times: milliseconds of a run of `sample.batch_size` images without decoding, or
+    how many times faster than the untouched model it is.
+
+    `feature_bits`: 8 holds cached features as integers, a quarter of float32's memory; None as they are.
+
     `branch`: of a U-Net, decoder positions behind the cache site, 0 keeps only the last. `span`: of a transformer, first
     and last block whose sum is cached, 0-based; None is the middle half.
     """
@@ -62,11 +68,15 @@ class CacheConfig:
     interval: int = 10
     branch: int = 0
     span: list[int] | None = None
+    feature_bits: int | None = None
+    refreshes: int | None = None
+    budget_ms: float | None = None
+    speedup: float | None = None
 
 
 @dataclass
 class ScheduleConfig:
-    """`kind`: uniform, power or dps. `cost`: l1, l2 or sampler. `fallback`: measure uniform too and keep the better.
+    """`kind`: uniform, power or dps. `cost`: of `cachequant.costs`. `fallback`: measure uniform too and keep the better.
 
     `center`, `power`: of DeepCache's schedule (`kind: power`), dense around step `center`, the denser the larger `power`.
     """
@@ -173,7 +183,20 @@ _CHOICES = {
     "model.family": ("", *FAMILIES),
     "model.weights": ("auto", "ema", "raw"),
     "schedule.kind": ("uniform", "power", "dps"),
-    "schedule.cost": ("l1", "l2", "sampler"),
+    "schedule.cost": (
+        "l1",
+        "l2",
+        "quantised",
+        "residual",
+        "forecast",
+        "sampler",
+        "residual_sampler",
+        "forecast_sampler",
+        "effect",
+        "residual_effect",
+        "forecast_effect",
+        "joint",
+    ),
     "correction.layers": ("none", "consumers", "all"),
     "correction.output": ("none", "least_squares", "spread"),
     "correction.trajectory": ("full_precision", "free_running"),
@@ -184,7 +207,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sampler.steps": (1, 100_000),
     "sampler.eta": (0, 1),
     "cache.interval": (1, 100_000),
+    "cache.refreshes": (1, 100_000),
+    "cache.budget_ms": (0, 1e12),
+    "cache.speedup": (1, 1e6),
     "cache.branch": (0, 1000),
+    "cache.feature_bits": (8, 8),
     "correction.ridge": (0, 1e6),
     "correction.inflation": (0, 100),
     "quant.weight_bits": (2, 8),
@@ -322,6 +349,16 @@ def validate(config: RunConfig) -> None:
         raise UserError(
             f"correction.output is {correction.output} with full_precision trajectories, expected none there: "
             "set correction.trajectory=free_running"
+        )
+    paces = [f"cache.{n}" for n in ("refreshes", "budget_ms", "speedup") if getattr(config.cache, n) is not None]
+    if len(paces) > 1:
+        raise UserError(
+            f"{' and '.join(paces)} are set, expected at most one of them: each says how many steps are full"
+        )
+    if (config.cache.refreshes or 1) > config.sampler.steps:
+        raise UserError(
+            f"cache.refreshes is {config.cache.refreshes} and sampler.steps is {config.sampler.steps}, "
+            "expected at most one refresh a step: lower cache.refreshes"
         )
     if config.cache.interval > config.sampler.steps:
         raise UserError(

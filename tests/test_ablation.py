@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from cachequant.config import repository_folder
+from cachequant.config import load_config, repository_folder
+from cachequant.costs import COSTS
 from cachequant.errors import UserError
 
 
@@ -90,3 +91,10 @@ def test_models_without_a_judge_are_refused(ablation: ModuleType, tmp_path: Path
                 str(tmp_path / "x"),
             ]
         )
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_every_cost_of_the_schedule_is_a_row(ablation: ModuleType, name: str) -> None:
+    _, overrides = ablation.split_row(f"{name}:paper,schedule.cost={name},cache.refreshes=12", 5)
+    config = load_config(repository_folder() / "configs" / "fashion.yaml", overrides)
+    assert config.schedule.cost == name and config.schedule.kind == "dps" and config.cache.refreshes == 12

@@ -26,7 +26,17 @@ PACKAGE = "cachequant"
 # several that match a module the most specific (the one with most dots) decides.
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "types", "config", "plan", "storage", "assets", "shards", "lock"),
-    1: ("schedule", "correction", "statistics", "quant.affine", "quant.search"),
+    1: (
+        "schedule",
+        "second_order",
+        "residual",
+        "costs",
+        "budget",
+        "correction",
+        "statistics",
+        "quant.affine",
+        "quant.search",
+    ),
     2: ("kernels",),
     3: ("cache", "quant"),
     4: ("models", "evaluation"),

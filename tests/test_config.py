@@ -178,7 +178,7 @@ def test_a_wrong_type_is_refused(model: Path, override: str) -> None:
     ("override", "expected"),
     [
         ("schedule.kind=dsp", "uniform, power, dps"),
-        ("schedule.cost=l3", "l1, l2, sampler"),
+        ("schedule.cost=l3", "l1, l2, quantised"),
         ("correction.layers=some", "none, consumers, all"),
         ("correction.trajectory=free", "full_precision, free_running"),
         ("quant.weight_search=max", "minmax, mse, percentile"),

@@ -20,6 +20,7 @@ from cachequant.schedule import (
     group_costs,
     num_groups,
     power_schedule,
+    random_schedule,
     schedule_cost,
     schedule_from_features,
     solve_schedule,
@@ -314,6 +315,44 @@ def test_schedules_refuse_intervals_beyond_the_run() -> None:
             uniform_schedule(10, interval)
         with pytest.raises(UserError, match=f"{interval}, expected 1 to 10"):
             power_schedule(10, interval, 0.0, 1.4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 120), st.integers(1, 40), st.floats(0, 1))
+def test_more_refreshes_than_the_interval_gives_are_spread_evenly(steps: int, interval: int, where: float) -> None:
+    interval = min(interval, steps)
+    groups = num_groups(steps, interval) + round(where * (steps - num_groups(steps, interval)))
+    schedule = uniform_schedule(steps, interval, groups)
+    lengths = [b - a for a, b in itertools.pairwise([*schedule.refresh_steps, steps])]
+    assert len(lengths) == groups
+    if groups > num_groups(steps, interval):
+        assert max(lengths) - min(lengths) <= 1
+    assert len(power_schedule(steps, interval, steps / 2, 1.5, groups).refresh_steps) == groups
+
+
+def test_random_schedules_are_each_feasible_one_equally_often() -> None:
+    candidates = feasible(9, 3, 2, 6)  # N = 3: three groups of 2 to 6 steps
+    drawn = [random_schedule(9, 3, seed).refresh_steps for seed in range(3000)]
+    assert set(drawn) == set(candidates)
+    expected = 3000 / len(candidates)
+    chi_square = sum((drawn.count(c) - expected) ** 2 / expected for c in candidates)
+    assert chi_square < 2.5 * len(candidates)  # mean: one less than the number of candidates
+    assert random_schedule(9, 3, 5) == random_schedule(9, 3, 5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(1, 200), st.integers(1, 40))
+def test_random_schedules_keep_the_bounds_of_dps(seed: int, steps: int, interval: int) -> None:
+    interval = min(interval, steps)
+    starts = random_schedule(steps, interval, seed).refresh_steps
+    lengths = [b - a for a, b in itertools.pairwise([*starts, steps])]
+    assert len(starts) == num_groups(steps, interval)
+    assert min(lengths) >= math.ceil(interval / 2) and max(lengths) <= 2 * interval
+
+
+def test_where_there_is_no_schedule_none_is_drawn() -> None:
+    with pytest.raises(UserError, match="no schedule has 9 groups of 2 to 6 steps in 9"):
+        random_schedule(9, 3, 0, groups=9)
 
 
 # Against the original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -122,6 +123,44 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
     axes.set_ylabel(f"PSNR to {FULL} (dB)")
     _style(axes)
     return figure
+
+
+def points_figure(
+    groups: dict[str, list[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    joined: bool = False,
+    logarithmic: str = "",
+) -> Figure:
+    """Points (x, y) of several groups, each with a colour and a marker of its own.
+
+    Args:
+        groups: name -> points.
+        x_label, y_label: what the axes are, with their units.
+        joined: draw a line through the points of a group.
+        logarithmic: axes with a logarithmic scale: "", "x", "y" or "xy".
+    """
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(groups.items()):
+        x, y = zip(*points, strict=True)
+        marker = MARKERS[i % len(MARKERS)]
+        line = "-" if joined else ""
+        axes.plot(x, y, color=_colour(name, i), marker=marker, markersize=6, linestyle=line, label=name, alpha=0.85)
+    for axis in logarithmic:
+        axes.set(**{f"{axis}scale": "log"})
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(frameon=False)
+    _style(axes)
+    return figure
+
+
+def figure_png(figure: Figure) -> bytes:
+    """A figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -21,7 +21,7 @@ from cachequant.errors import UserError
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.sample import backend_of
-from cachequant.pipeline.step import accelerated_step
+from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
 from cachequant.quant.deploy import attach
@@ -176,7 +176,7 @@ def _accelerated(context: Context, plan: Plan) -> Maker:
     @contextmanager
     def make() -> Iterator[tuple[StepFunction, FeatureCache]]:
         adapter = context.adapter
-        cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, adapter.channel_dim)
+        cache = cache_of(plan, adapter)
         backend = backend_of(context)
         handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend) if plan.quant else None
         adapter.rebuild()

@@ -19,7 +19,7 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import graphed_step
 from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import StepFunction
-from cachequant.pipeline.step import accelerated_step
+from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.plan import Plan
 from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
@@ -180,7 +180,7 @@ def _cachequant(setup: Setup) -> Iterator[Running]:
 def _integer_steps(setup: Setup, plan: Plan) -> Iterator[Running]:
     """A plan at work as `enable` puts it to work."""
     adapter = setup.context.adapter
-    cache = FeatureCache(plan.schedule, 2 if plan.correction.uses_forecast else 1, adapter.channel_dim)
+    cache = cache_of(plan, adapter)
     assert plan.quant is not None
     backend, shallow = setup.backend(setup.context), adapter.shallow_names()
     handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -9,15 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cachequant.budget import Allowance, solve_budget
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.costs import COSTS, Band, band_for
 from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
+from cachequant.pipeline.effect import effect_weights
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.inputs import KeptInputs, StepInput
 from cachequant.pipeline.spread import Spread, denoised_factors
 from cachequant.pipeline.step import accelerated_step
-from cachequant.schedule import DistanceBand, dps_schedule, num_groups, power_schedule, uniform_schedule
+from cachequant.schedule import best_schedule, group_costs, num_groups, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
 
 
@@ -26,9 +30,9 @@ class Calibration:
     """What the trajectories of stage 1 leave behind.
 
     Attributes:
-        band: [T, L] distances of `DistanceBand`.
-        cost: how they were measured.
-        weights: [T] weight of a squared feature error at each step under the "sampler" cost, else ones.
+        band: [T, L] or [T, L, L + 1] errors of reuse, of `cachequant.costs.band_for`.
+        cost: its name.
+        weights: [T] what an error at each step counts, ones where the cost has no weight.
         spread: [T, C] deviation of the denoised predictions of `Context.paired_seeds`.
         inputs: one entry per step, rows evenly spaced over all samples.
         measured: seconds of the trajectories and of DPS, peak bytes of the ring.
@@ -41,14 +45,20 @@ class Calibration:
     inputs: tuple[StepInput, ...]
     measured: dict[str, float]
 
+    @property
+    def neighbour(self) -> Tensor:
+        """[T] error of reusing the feature of one step before; zeros where nothing can be reused."""
+        alone = self.band if self.band.dim() == 2 else self.band[:, :, 0]
+        return alone[:, min(1, alone.shape[1] - 1)]
+
 
 def gather(context: Context) -> Calibration:
     """Sample in full precision and stream features into the band; T feature maps are never held at once."""
     config, settings = context.config, context.config.calibration
-    cost = "l1" if config.schedule.cost == "l1" else "l2"
-    bands: dict[Hashable, DistanceBand] = {}
+    cost = COSTS[config.schedule.cost]
+    bands: dict[Hashable, Band] = {}
     cache = FeatureCache(uniform_schedule(context.num_steps, 1))
-    gains = SamplerGains(context) if config.schedule.cost == "sampler" else None
+    gains = SamplerGains(context) if cost.weight == "sampler" else None
     rows = max(settings.refresh_inputs, settings.cached_inputs)
     inputs = KeptInputs(context.num_steps, settings.samples, min(settings.batch_size, settings.samples), rows)
     spread, paired_batches = Spread(denoised_factors(context)), -(-len(context.paired_seeds) // settings.batch_size)
@@ -67,18 +77,34 @@ def gather(context: Context) -> Calibration:
         if begun > measured_batches:
             return output
         with clock.part("dps"):
-            band = bands.setdefault(call.context, DistanceBand(context.num_steps, config.cache.interval, cost))
-            band.update(feature if gains is None else feature[::2])  # an estimate anyway: half the rows will do
+            if call.context not in bands:
+                bands[call.context] = new_band(context)
+            thin = cost.error == "l2" and gains is not None  # an estimate anyway: half the rows will do
+            bands[call.context].update(feature[::2] if thin else feature)
             if gains is not None and call.opens:
                 gains.update(cache.step, call, output, feature)
         return output
 
     context.trajectories(step, cache, context.seeds(), "1 calibrate")
     weights = torch.ones(context.num_steps, dtype=torch.float64) if gains is None else gains.weights()
+    if cost.weight == "effect":
+        with clock.part("effects"):
+            weights = effect_weights(context)
+    pooled, *others = bands.values()
+    for band in others:
+        pooled.merge(band)
     measured = {f"{name}_seconds": value for name, value in clock.seconds.items()}
-    measured["ring_bytes"] = float(sum(band.peak_bytes for band in bands.values()))
-    distances = sum((band.values for band in bands.values()), torch.zeros(()))
-    return Calibration(distances, cost, weights, spread.deviation, inputs.joined(), measured)
+    measured["ring_bytes"] = float(pooled.peak_bytes)
+    return Calibration(pooled.values, config.schedule.cost, weights, spread.deviation, inputs.joined(), measured)
+
+
+def new_band(context: Context) -> Band:
+    """What streams one context's features for the configuration's cost."""
+    config = context.config
+    bits = config.quant.activation_bits
+    return band_for(
+        COSTS[config.schedule.cost], context.num_steps, config.cache.interval, context.adapter.channel_dim, bits
+    )
 
 
 class SamplerGains:
@@ -132,20 +158,23 @@ def sampler_sigmas(context: Context) -> Tensor:
     return torch.cat([(1 / alpha - 1).sqrt(), torch.zeros(1, dtype=torch.float64)])
 
 
-def choose_schedule(context: Context, calibration: Calibration) -> Schedule:
+def choose_schedule(context: Context, calibration: Calibration, allowance: Allowance | None = None) -> Schedule:
     """The schedule that the configuration asks for, with its objective beside the uniform one's.
 
+    An allowance frees the number of refreshes where their prices differ; a forecast's cost, which knows the group before,
+    keeps the number that fits anywhere.
     With `schedule.fallback` DPS must also win on held-out noise: both schedules are fitted and run on a few samples, and
     the one whose samples are closer to full precision is kept.
     """
     config, num_steps = context.config, context.num_steps
+    interval = config.cache.interval
+    groups = config.cache.refreshes or num_groups(config.sampler.steps, interval)
     if config.schedule.kind == "power":
-        return power_schedule(num_steps, config.cache.interval, config.schedule.center, config.schedule.power)
-    band = DistanceBand(num_steps, config.cache.interval, calibration.cost)
-    band.values = calibration.band
-    groups = num_groups(config.sampler.steps, config.cache.interval)
-    best = dps_schedule(band, calibration.weights, groups)
-    uniform = uniform_schedule(num_steps, config.cache.interval, groups)
+        return power_schedule(num_steps, interval, config.schedule.center, config.schedule.power, groups)
+    best = best_schedule(calibration.band, interval, calibration.weights, groups)
+    if allowance is not None and not allowance.equal and calibration.band.dim() == 2:
+        best = budget_schedule(calibration, interval, allowance, best.uniform_cost)
+    uniform = uniform_schedule(num_steps, interval, groups)
     uniform = replace(uniform, cost=best.uniform_cost, uniform_cost=best.uniform_cost)
     if config.schedule.kind == "uniform" or best.refresh_steps == uniform.refresh_steps:
         return uniform
@@ -153,6 +182,16 @@ def choose_schedule(context: Context, calibration: Calibration) -> Schedule:
         error = HeldOut(context)
         return best if error.of(best) <= error.of(uniform) else uniform
     return best
+
+
+def budget_schedule(
+    calibration: Calibration, interval: int, allowance: Allowance, uniform_cost: float | None
+) -> Schedule:
+    """The best schedule within an allowance, with groups as long as those of the interval may be."""
+    costs = group_costs(calibration.band, calibration.weights)
+    full, cached = torch.tensor(allowance.full), torch.tensor(allowance.cached)
+    found = solve_budget(costs, full, cached, allowance.budget, math.ceil(interval / 2))
+    return Schedule(found.refresh_steps, len(costs), interval, found.cost, uniform_cost)
 
 
 class HeldOut:

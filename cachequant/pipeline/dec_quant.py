@@ -15,7 +15,7 @@ from cachequant.correction import Moments
 from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
-from cachequant.pipeline.features import regressors
+from cachequant.pipeline.features import calibration_cache, regressors
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.prediction import PredictionFit
 from cachequant.quant.convert import QuantizedNetwork, install
@@ -37,7 +37,7 @@ def fit_quantised(
     if state is None and settings.output == "none":
         return correction
     adapter = context.adapter
-    cache = FeatureCache(schedule, 2 if settings.forecast else 1, adapter.channel_dim)
+    cache = calibration_cache(context, schedule)
     handle = install(adapter.denoiser, state or QuantState(), cache, correction=correction)
     adapter.rebuild()
     try:

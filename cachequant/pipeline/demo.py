@@ -94,11 +94,10 @@ def _plan(context: Context, folder: Path) -> tuple[Plan, Tensor]:
     """Stages 1 to 5 of one method (ours is saved), and the distance of each step's feature to the step before [T]."""
     stages = Stages.at(context, folder / "stages")
     calibration, _ = stages.calibration()
-    neighbour = calibration.band[:, 1] if calibration.band.shape[1] > 1 else calibration.band[:, 0]
     plan, _ = stages.plan()
     if context.config.method == "best":
         plan.save(folder / "plan")
-    return plan, neighbour
+    return plan, calibration.neighbour
 
 
 def _measure(

@@ -22,15 +22,22 @@ from cachequant.pipeline.hook import Call
 from cachequant.types import Schedule
 
 
+def calibration_cache(context: Context, schedule: Schedule) -> FeatureCache:
+    """The cache of a calibration's trajectories, which holds features as the plan's runs will."""
+    config = context.config
+    keep = 2 if config.correction.forecast else 1
+    return FeatureCache(schedule, keep, context.adapter.channel_dim, config.cache.feature_bits)
+
+
 def regressors(cache: FeatureCache, forecast: bool) -> tuple[Tensor, ...]:
     """Features that predict this step's: the last refresh and, with a forecast, the one before where it exists."""
-    return tuple(cache.features[: 2 if forecast else 1])
+    return cache.readable[: 2 if forecast else 1]
 
 
 def gather_moments(context: Context, schedule: Schedule) -> dict[int, Moments]:
     """Sums per cached step and channel from trajectories of fresh noise: step -> [C, F+2, F+2]."""
     settings, seeds, dim = context.config.correction, context.fresh_seeds, context.adapter.channel_dim
-    cache = FeatureCache(schedule, 2 if settings.forecast else 1, dim)
+    cache = calibration_cache(context, schedule)
     moments: dict[int, Moments] = {}
     free = settings.trajectory == "free_running"
     # free-running, the fit of a step must be complete before any sample takes it: one batch, evaluated in chunks

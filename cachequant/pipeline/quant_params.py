@@ -12,6 +12,7 @@ from cachequant.models.adapter import Adapter
 from cachequant.pipeline.calibrate import Calibration
 from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.features import calibration_cache
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.inputs import StepInput, spread
 from cachequant.quant.convert import LayerPlan, fresh_state, install
@@ -62,7 +63,7 @@ def calibrate_quantisers(
     """
     adapter, config = context.adapter, context.config
     device = next(adapter.denoiser.parameters()).device
-    cache = FeatureCache(schedule, 2 if config.correction.forecast else 1, adapter.channel_dim)
+    cache = calibration_cache(context, schedule)
     state = weights or quantise_weights(context)
     handle = install(
         adapter.denoiser,

@@ -101,13 +101,17 @@ def write_plan_report(folder: Path, out: Path, count: int = 6, device: str = "au
 
 def _rows_of(subject: Subject) -> dict[str, Plan | None]:
     """Row -> what accelerates it: nothing, the newest plan in its parts, and the other plans."""
-    plan = next(iter(subject.plans.values()))
-    rows: dict[str, Plan | None] = {FULL: None}
+    return {FULL: None, **parts_of(next(iter(subject.plans.values()))), **subject.plans}
+
+
+def parts_of(plan: Plan) -> dict[str, Plan]:
+    """A plan without this or that: row -> what is left of it."""
+    rows = {}
     if plan.quant is not None and plan.schedule.full_step_share < 1:
         rows["cache alone"] = replace(plan, quant=None, correction=Correction())
         rows["cache corrected"] = replace(plan, quant=None, correction=Correction(cache=plan.correction.cache))
     rows["uncorrected"] = replace(plan, correction=Correction())
-    return {**rows, **subject.plans}
+    return rows
 
 
 def _draw(pipe: Any, plan: Plan, used: Plan | None, row: str, count: int) -> tuple[Context, Samples]:
@@ -188,8 +192,7 @@ def _stage_outputs(context: Context, folder: Path | None) -> tuple[Tensor | None
         (calibration, _), (moments, _) = stages.calibration(), stages.moments()
     except UserError:
         return None, {}
-    band = calibration.band
-    costs = band[:, 1] if band.shape[1] > 1 else None
+    costs = calibration.neighbour if calibration.band.shape[1] > 1 else None
     if not moments:
         return costs, {}
     before, after = relative_errors(moments, context.config.correction.ridge)

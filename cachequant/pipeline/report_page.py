@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +30,7 @@ from cachequant.evaluation.html import (
     views_block,
     write_page,
 )
-from cachequant.evaluation.plots import DPI, curve_figure, error_figure, quality_figure, schedule_figure
+from cachequant.evaluation.plots import curve_figure, error_figure, figure_png, quality_figure, schedule_figure
 from cachequant.evaluation.rows import FULL, Row
 from cachequant.pipeline.sample import Samples
 from cachequant.plan import Plan
@@ -146,7 +145,7 @@ def _figures(findings: Findings) -> dict[str, bytes]:
         label = "relative error (share of the norm)"
         figures["Error of the cached feature at each step on calibration data"] = curve_figure(findings.curves, label)
     figures[f"Closeness to {FULL}'s images against measured speed"] = quality_figure(findings.rows)
-    return {caption: _figure_png(figure) for caption, figure in figures.items()}
+    return {caption: figure_png(figure) for caption, figure in figures.items()}
 
 
 def _layers(plan: Plan, backends: dict[str, str]) -> list[str]:
@@ -215,10 +214,4 @@ def _text(value: Any) -> str:
 def _png(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _figure_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()

@@ -14,6 +14,7 @@ from cachequant.models.adapter import device_of
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call
+from cachequant.pipeline.step import cache_of
 from cachequant.plan import Plan
 from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
@@ -51,9 +52,8 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
         record: keep x_t of the first batch.
     """
     adapter = context.adapter
-    schedule = plan.schedule if plan else uniform_schedule(context.num_steps, 1)
     correction = plan.correction if plan else Correction()
-    cache = FeatureCache(schedule, 2 if correction.uses_forecast else 1, adapter.channel_dim)
+    cache = cache_of(plan, adapter) if plan else FeatureCache(uniform_schedule(context.num_steps, 1))
     quant = plan.quant if plan else None
     handle = None
     if quant is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cachequant import __version__
+from cachequant.budget import Allowance
 from cachequant.correction import Moments
 from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
@@ -18,6 +19,7 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import fit_quantised
 from cachequant.pipeline.features import gather_moments
+from cachequant.pipeline.pace import within_budget
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
@@ -44,12 +46,16 @@ class Stages:
     """Asks for each stage's output; what it needs is asked for first.
 
     Attributes:
-        context: pipeline and configuration.
+        context: pipeline and configuration, a time budget already turned into a number of refreshes.
         store: where outputs are.
+        allowance: the time budget that this number comes from, if it does.
+        chosen: a schedule to take instead of the configuration's.
     """
 
     context: Context
     store: StageStore
+    allowance: Allowance | None = None
+    chosen: Schedule | None = None
 
     @staticmethod
     def at(context: Context, folder: Path | None = None, only: int | None = None, quiet: bool = False) -> Stages:
@@ -57,7 +63,9 @@ class Stages:
         config = context.config
         root = folder or Path(config.output) / (config.model.name or "run")
         allowed = frozenset({only}) if only else frozenset(range(1, 7))
-        return Stages(context, StageStore(root, allowed, quiet))
+        store = StageStore(root, allowed, quiet)
+        context, allowance = within_budget(context, store)
+        return Stages(context, store, allowance)
 
     def run(self, number: int) -> Any:
         """Output of stage `number`, 1 to 6."""
@@ -66,8 +74,16 @@ class Stages:
 
     def calibration(self) -> tuple[Calibration, str]:
         """Stage 1, first half: trajectories, distances, calibration inputs."""
+        inputs, context = self._calibration_inputs(), self.context
+        return self.store.obtain(1, "calibrate", inputs, lambda: gather(context), _save_calibration, _load_calibration)
+
+    def calibration_key(self) -> str:
+        """Key of `calibration`, which need not be there."""
+        return self.store.key(1, "calibrate", self._calibration_inputs())
+
+    def _calibration_inputs(self) -> dict[str, Any]:
         config, context = self.context.config, self.context
-        inputs = {
+        return {
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
@@ -76,15 +92,18 @@ class Stages:
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
         }
-        return self.store.obtain(1, "calibrate", inputs, lambda: gather(context), _save_calibration, _load_calibration)
 
     def schedule(self) -> tuple[Schedule, str]:
         """Stage 1, second half: the schedule."""
         calibration, parent = self.calibration()
+        if self.chosen is not None:
+            return self.chosen, self.store.key(1, "schedule", {"parent": parent, "chosen": asdict(self.chosen)})
         config = self.context.config
         inputs: dict[str, Any] = {"parent": parent, "schedule": asdict(config.schedule)}
         if config.schedule.fallback:
             inputs["correction"] = asdict(config.correction)
+        if self.allowance is not None and not self.allowance.equal:
+            inputs["allowance"] = asdict(self.allowance)
 
         def save(folder: Path, value: Schedule) -> None:
             save_json(folder / "schedule.json", asdict(value))
@@ -94,7 +113,7 @@ class Stages:
             return Schedule(**{**record, "refresh_steps": tuple(record["refresh_steps"])})
 
         def compute() -> Schedule:
-            return choose_schedule(self.context, calibration)
+            return choose_schedule(self.context, calibration, self.allowance)
 
         return self.store.obtain(1, "schedule", inputs, compute, save, load)
 
@@ -186,6 +205,9 @@ class Stages:
             "measured": calibration.measured,
             "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
+        if self.allowance is not None:
+            spent = self.allowance.spent(schedule.refresh_steps)
+            provenance["budget"] = {"network_ms": self.allowance.budget, "expected_ms": spent}
         identity, timesteps = context.identity, context.timesteps
         remainder = None if state is None else remainder_of(context.pipe, state)
         return Plan(config, identity, timesteps, schedule, correction, state, provenance, remainder), key

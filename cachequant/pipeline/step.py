@@ -9,7 +9,14 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.hook import Call, StepFunction
+from cachequant.plan import Plan
 from cachequant.types import AffineMap, Correction
+
+
+def cache_of(plan: Plan, adapter: Adapter) -> FeatureCache:
+    """The cache that a plan's run needs: two features where its corrections forecast, else one."""
+    keep = 2 if plan.correction.uses_forecast else 1
+    return FeatureCache(plan.schedule, keep, adapter.channel_dim, plan.config.cache.feature_bits)
 
 
 def accelerated_step(adapter: Adapter, cache: FeatureCache, correction: Correction) -> StepFunction:

@@ -128,3 +128,30 @@ def test_a_map_without_forecast_ignores_the_older_feature() -> None:
     cache.store(torch.full((1, 2, 1, 1), torch.nan))
     cache.store(feature(1))
     assert cache.reuse(AffineMap.identity(2)).flatten().tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), [((2, 5, 4, 3), 1), ((3, 6, 7), 2), ((1, 1, 1, 1), 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_held_integers_are_within_half_a_step_of_the_feature(
+    shape: tuple[int, ...], channel_dim: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    feature = (torch.randn(shape) * torch.rand(shape) * 9).to(dtype)
+    cache = FeatureCache(Schedule((0,), 4, 4), channel_dim=channel_dim, bits=8)
+    cache.store(feature)
+    (found,) = cache.regressors
+    over = [d for d in range(1, len(shape)) if d != channel_dim]
+    step = (feature.double().amax(over, keepdim=True) - feature.double().amin(over, keepdim=True)) / 255
+    rounding = torch.finfo(dtype).eps * feature.double().abs().max() * 4
+    assert found.dtype is dtype and found.shape == feature.shape
+    assert ((found.double() - feature.double()).abs() <= step / 2 + rounding).all()
+
+
+def test_held_integers_take_a_quarter_and_constant_channels_are_kept() -> None:
+    feature = torch.randn(2, 8, 32, 32)
+    feature[:, 3] = -1.25
+    plain, held = (FeatureCache(Schedule((0,), 4, 4), bits=bits) for bits in (None, 8))
+    for cache in (plain, held):
+        cache.store(feature)
+    assert plain.nbytes == feature.nbytes and 0.25 <= held.nbytes / plain.nbytes < 0.26
+    assert torch.equal(held.regressors[0][:, 3], feature[:, 3])

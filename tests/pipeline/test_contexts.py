@@ -18,6 +18,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.pipeline.calibrate import gather
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.effect import effect_weights
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
@@ -104,6 +105,13 @@ def settings(configure: Configure, *overrides: str) -> RunConfig:
 
 def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_effect_of_reuse_is_that_of_the_doubled_batch(guided: Callable[[str], Any], configure: Configure) -> None:
+    """Every context reuses at the same step; the changes of their features add up."""
+    contexts = [Context.of(guided(way), settings(configure)) for way in ("doubled", "two calls", "named calls")]
+    doubled, two, named = (effect_weights(context, probes=3, seeds=2) for context in contexts)
+    assert torch.allclose(two, doubled, rtol=1e-2) and torch.allclose(named, doubled, rtol=1e-2)
 
 
 @pytest.mark.parametrize("way", ["two calls", "named calls"])

@@ -11,6 +11,7 @@ import torch
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
+from cachequant.costs import COSTS, band_for
 from cachequant.errors import UserError
 from cachequant.pipeline.calibrate import SamplerGains, choose_schedule, gather, sampler_sigmas
 from cachequant.pipeline.context import FRESH, Context
@@ -19,7 +20,7 @@ from cachequant.pipeline.hook import Call
 from cachequant.pipeline.quant_params import calibrate_quantisers, layer_plans
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
-from cachequant.schedule import schedule_from_features, uniform_schedule
+from cachequant.schedule import best_schedule, schedule_from_features, uniform_schedule
 from cachequant.types import Correction
 
 Configure = Callable[..., RunConfig]
@@ -50,6 +51,22 @@ def test_streamed_calibration_finds_the_schedule_of_stored_features(pipe: Any, c
     assert torch.allclose(calibration.band[1:, 1], neighbour, rtol=1e-4)
     assert found.refresh_steps == expected.refresh_steps
     assert found.cost == pytest.approx(expected.cost, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_every_cost_makes_the_best_schedule_of_stored_features(pipe: Any, configure: Configure, name: str) -> None:
+    context = Context.of(pipe, configure("method=dps", f"schedule.cost={name}", "calibration.batch_size=4"))
+    calibration = gather(context)
+    found, cost = choose_schedule(context, calibration), COSTS[name]
+    band = band_for(cost, context.num_steps, 2, 1, context.config.quant.activation_bits)
+    for feature in features_of(context, context.seeds()):
+        band.update(feature[::2] if (cost.error, cost.weight) == ("l2", "sampler") else feature)
+    assert torch.allclose(calibration.band, band.values, rtol=1e-4)
+    if cost.weight == "none":
+        assert (calibration.weights == 1).all()
+    assert calibration.neighbour.shape == (6,) and calibration.neighbour[0] == 0
+    expected = best_schedule(band.values, 2, calibration.weights)
+    assert found.refresh_steps == expected.refresh_steps and found.cost == pytest.approx(expected.cost, rel=1e-4)
 
 
 def test_moments_of_full_precision_trajectories_are_those_of_stored_features(pipe: Any, configure: Configure) -> None:

@@ -1,0 +1,1 @@
+"""Studies of `cachequant report --study`: one module each, all in `cachequant.pipeline.studies.registry`."""

@@ -1,0 +1,93 @@
+"""Schedule sensitivity: the candidates are what they are called, and each is judged by its own images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cachequant.config import RunConfig
+from cachequant.costs import COSTS
+from cachequant.pipeline.calibrate import gather
+from cachequant.pipeline.context import Context
+from cachequant.pipeline.sample import draw
+from cachequant.pipeline.stages import Stages
+from cachequant.pipeline.studies import schedule as module
+from cachequant.pipeline.studies.schedule import Measured, cost_tables, rank_correlations, study
+from cachequant.pipeline.studies.subject import StudySubject
+from cachequant.schedule import best_schedule, group_costs, schedule_cost
+from cachequant.types import Schedule
+
+Configure = Callable[..., RunConfig]
+
+
+def subject_of(pipe: Any, config: RunConfig, folder: Path) -> StudySubject:
+    return StudySubject(Stages.at(Context.of(pipe, config), folder, quiet=True), None, folder)
+
+
+@pytest.mark.parametrize("name", ["l1", "joint", "forecast_sampler"])
+def test_the_tables_of_all_costs_are_those_of_calibrations_for_each(
+    pipe: Any, configure: Configure, tmp_path: Path, name: str
+) -> None:
+    config = configure("method=paper", f"schedule.cost={name}")
+    band, weights = cost_tables(subject_of(pipe, config, tmp_path))[name]
+    own = gather(Context.of(pipe, config))
+    torch.testing.assert_close(band, own.band, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights, own.weights, rtol=1e-5, atol=0.0)
+
+
+def test_every_schedule_is_judged_by_the_images_of_a_plan_made_for_it(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANDOM", 3)
+    subject = subject_of(pipe, configure("method=uniform_dec", "quant.enabled=false"), tmp_path)
+    found = study(subject, 3)
+    records = found.numbers["schedules"]
+    assert len(records) == 1 + len(module.POWERS) + len(COSTS) + 3
+    tables = cost_tables(subject)
+    for name, record in records.items():
+        schedule = Schedule(tuple(record["refresh_steps"]), 6, 2)
+        assert len(schedule.refresh_steps) == 3
+        for cost, (band, weights) in tables.items():
+            assert record["costs"][cost] == pytest.approx(schedule_cost(group_costs(band, weights), schedule))
+        if name.startswith("dps "):
+            cost = name.removeprefix("dps ")
+            assert record["costs"][cost] == pytest.approx(best_schedule(tables[cost][0], 2, tables[cost][1]).cost)
+            assert all(record["costs"][cost] <= other["costs"][cost] * (1 + 1e-9) for other in records.values())
+    context, seeds = subject.judging(3)
+    exact = draw(context, None, seeds, "test").images
+    plan, _ = subject.stages.plan()  # the method's own schedule is the uniform one
+    made = draw(context, plan, seeds, "test").images
+    assert records["uniform"]["error"] == pytest.approx(float((made - exact).square().mean()), rel=1e-4)
+    chosen = replace(subject.stages, chosen=Schedule((0, 1, 5), 6, 2)).plan()[0]
+    assert chosen.schedule.refresh_steps == (0, 1, 5)
+    lines = {line[0]: line for line in found.tables[0].lines}
+    assert len(lines) == 1 + 1 + len(module.POWERS) + len(COSTS) and len(found.figures) == 2
+
+
+def test_an_interrupted_study_measures_only_what_is_missing(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANDOM", 2)
+    config = configure("method=naive", "quant.enabled=false")
+    first = study(subject_of(pipe, config, tmp_path), 2)
+    drawn = []
+    monkeypatch.setattr(module, "draw", lambda *a, **k: (drawn.append(a[3]), draw(*a, **k))[1])
+    again = study(subject_of(pipe, config, tmp_path), 2)
+    assert drawn == ["full"] and again.numbers == first.numbers
+
+
+def test_a_cost_that_knows_the_order_has_rank_correlation_one() -> None:
+    schedule = Schedule((0,), 2, 2)
+    found = {
+        f"random {i}": Measured(
+            schedule, {cost: float(sign * i) for cost, sign in zip(COSTS, [1, -1] * 6, strict=True)}, i**3, 0.0
+        )
+        for i in range(5)
+    } | {"uniform": Measured(schedule, dict.fromkeys(COSTS, 0.0), 1e9, 0.0)}
+    ranks = rank_correlations(found)
+    assert list(ranks.values()) == pytest.approx([1, -1] * 6)
