@@ -48,7 +48,7 @@ def guarded(action: Callable[[], None]) -> int:
 def _one_line(error: Exception) -> str | None:
     """What to tell a user; None of an error that is ours."""
     if isinstance(error, UserError):
-        return str(error)
+        return " ".join(str(error).split())  # a name that was given may hold a line break
     if isinstance(error, OSError):
         name = str(error.filename or "a file")
         return f"cannot use {name[:80]}: {error.strerror or error}; choose another file or folder"
