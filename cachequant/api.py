@@ -231,6 +231,8 @@ def _float_layers(state: Acceleration) -> str:
         reasons.append("time embedding (quant.time_embedding is false)")
     if quant.attention_bits is None:
         reasons.append("attention operands (quant.attention_bits is null)")
+    if "float" in quant.bits_map.values():
+        reasons.append("layers that are float in quant.bits_map")
     return "; ".join(reasons) or "none"
 
 

@@ -408,7 +408,7 @@ def _inspect(args: argparse.Namespace) -> None:
     plan = Plan.load(args.plan)
     print(plan.summary())
     for key, value in plan.provenance.items():
-        if key != "consumers":  # lines of the summary
+        if key not in ("consumers", "weight_bits"):  # lines of the summary
             print(f"{key:12} {value}")
     schedule = {**asdict(plan.schedule), "refresh_steps": list(plan.schedule.refresh_steps)}
     value = {"summary": plan.summary(), "schedule": schedule, "config": config_to_dict(plan.config)}

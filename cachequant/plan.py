@@ -179,6 +179,8 @@ class Plan:
         s, quant = self.schedule, self.config.quant
         layers = len(self.quant.layers) if self.quant else 0
         bits = f"W{quant.weight_bits}A{quant.activation_bits} on {layers} layers" if layers else "none"
+        if len(mixed := self.provenance.get("weight_bits", {})) > 1:
+            bits += f" ({', '.join(f'{count} {name}' for name, count in mixed.items())})"
         forecast = " with forecast" if self.correction.uses_forecast else ""
         lines = [
             f"model        {self.identity.model} {self.identity.weights[:12]}, guidance {self.identity.guidance}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -244,6 +245,7 @@ class Stages:
             "seed": config.calibration.seed,
             "parents": {"calibrate": first, "quant_params": quant_key, "fit_dec_quant": key},
             "measured": calibration.measured,
+            "weight_bits": _weight_bits(state),
             "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
         if self.allowance is not None:
@@ -313,6 +315,12 @@ class Stages:
             "parent": parent, "sample": asdict(self.context.config.sample), "prompts": list(prompts), "files": "shards",
             "backend": backend_of(self.context).name,
         }  # fmt: skip
+
+
+def _weight_bits(state: QuantState | None) -> dict[str, int]:
+    """How many layers have weights of how many bits."""
+    layers = state.layers.values() if state else ()
+    return dict(sorted(Counter(f"w{layer.weights[0].bits}" for layer in layers).items()))
 
 
 def _save_quant(folder: Path, value: QuantState) -> None:

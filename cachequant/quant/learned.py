@@ -26,6 +26,9 @@ from cachequant.types import ActivationTable, LayerQuant, WeightGrid
 GAMMA, ZETA = -0.1, 1.1
 """Stretch of the sigmoid that lets a soft rounding reach 0 and 1."""
 
+KEPT = 0.8
+"""How far towards compensated integers their roundings begin; measured: training loses them from the real weights."""
+
 WARM_UP, ANNEALED, BETA_FIRST, BETA_LAST = 0.2, 0.7, 20.0, 2.0
 """Shares of the iterations before which there is no regulariser and behind which its power, annealed, is the last one.
 
@@ -178,7 +181,7 @@ def train_block(
 
 
 def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
-    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights, at `progress` from 0 to 1; β falls behind the warm-up."""
+    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights, at `progress` in [0, 1]; β falls behind the warm-up."""
     soft = [h for layer in learned.values() for h in layer.soft()]
     if progress < WARM_UP:
         return soft[0].new_zeros(())
@@ -226,14 +229,19 @@ def output_of(made: Any) -> Tensor:
 def _beginning(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     """(base, h) of real weights on a grid: base is the integer, or the one below where the real weight is less.
 
-    base + h is the real weight, or as near as an h can be that still rounds to the integer which the grid came with.
+    base + h is the real weight, or as near as an h can be that still rounds to the integer which the grid came with. Where
+    these integers are not simply the nearest ones they make good one another's errors, which the real weights do not:
+    h then begins `KEPT` of the way towards them.
     """
     values, dims = grid.values.to(weight), weight.dim()
     wanted = weight / _column(grid.scale.to(weight), dims) + _column(grid.zero_point.to(weight), dims)
-    up = wanted < values
-    base = values - up.to(weight)
+    up = (wanted < values).to(weight)
+    base = values - up
     soft = (wanted - base).clamp(0.01, 0.99)
-    return base, torch.where(up, soft.clamp(min=0.52), soft.clamp(max=0.48))
+    soft = torch.where(up > 0, soft.clamp(min=0.52), soft.clamp(max=0.48))
+    moved = (wanted - values).abs() > 0.51
+    compensated = (moved & (wanted > 0) & (wanted < 2**grid.bits - 1)).float().mean() > 0.01
+    return base, (KEPT * up + (1 - KEPT) * soft).clamp(0.01, 0.99) if compensated else soft
 
 
 def _unrounded(soft: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ RATIOS = tuple(1.0 - 0.05 * i for i in range(10))
 DAMPINGS = (0.3, 0.1, 0.03, 0.01, 0.003)
 """Candidates for the share of its mean diagonal that is added to a second moment's diagonal."""
 
+PIECE = 1 << 26
+"""Weights times candidates that are rounded at once: it bounds the memory."""
+
 BLOCK = 64
 """Columns that are rounded before their errors reach all later ones in one product."""
 
@@ -134,12 +137,18 @@ def best_rounding(weight: Tensor, factor: Factor, candidates: list[RowGrids]) ->
         (integers [R, n], the chosen grids, error [R]).
     """
     count, first = len(candidates), candidates[0]
-    scale, zero = (torch.cat([getattr(g, name) for g in candidates]) for name in ("scale", "zero_point"))  # [K·R, S]
-    together = RowGrids(scale, zero, first.segment, first.bits)
-    integers, error = compensated(weight.repeat(count, 1), factor, together)  # [K·R, n], [K·R]
-    rows = torch.arange(len(weight), device=weight.device)
-    best = error.view(count, -1).argmin(0) * len(weight) + rows  # [R] into K·R
-    return integers[best], RowGrids(scale[best], zero[best], first.segment, first.bits), error[best]
+    scales, zeros = (
+        torch.stack([getattr(g, name) for g in candidates]) for name in ("scale", "zero_point")
+    )  # [K, R, S]
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, PIECE // (count * weight.shape[1]))):
+        scale, zero = scales[:, rows].flatten(0, 1), zeros[:, rows].flatten(0, 1)  # [K·r, S]
+        grids = RowGrids(scale, zero, first.segment, first.bits)
+        integers, error = compensated(weight[rows].repeat(count, 1), factor, grids)  # [K·r, n], [K·r]
+        best = error.view(count, -1).argmin(0) * len(rows) + torch.arange(len(rows), device=rows.device)  # [r] into K·r
+        parts.append((integers[best], scale[best], zero[best], error[best]))
+    integers, scale, zero, error = (torch.cat(part) for part in zip(*parts, strict=True))
+    return integers, RowGrids(scale, zero, first.segment, first.bits), error
 
 
 def rounding_error(weight: Tensor, moment: Tensor, integers: Tensor, grids: RowGrids) -> Tensor:

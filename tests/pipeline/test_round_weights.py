@@ -92,11 +92,17 @@ def test_bits_by_name(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     assert bits["conv_out"] == (8, 8) and "conv_in" not in bits
     assert bits["down_blocks.0.resnets.0.conv1"] == (3, 8) and bits["up_blocks.0.resnets.0.conv1"] == (4, 8)
     assert "up_blocks.0.resnets.0.time_emb_proj" not in bits
-    config.quant.budget = 0.5
+    config.quant.budget = 0.35
     state, _ = stages_of(pipe, config, tmp_path).quant()
     assert state is not None
     assert state.layers["down_blocks.0.resnets.0.conv1"].weights[0].bits == 3  # named: the budget leaves it alone
-    assert cq.calibrate(pipe, config, tmp_path, quiet=True).quant is not None
+    plan = cq.calibrate(pipe, config, tmp_path, quiet=True)
+    counts = plan.provenance["weight_bits"]
+    assert set(counts) == {"w3", "w4", "w8"} and sum(counts.values()) == len(state.layers)
+    assert f"{counts['w3']} w3, {counts['w4']} w4, {counts['w8']} w8" in plan.summary()
+    cq.enable(pipe, plan)
+    assert "layers that are float in quant.bits_map" in cq.report(pipe)
+    cq.disable(pipe)
     with pytest.raises(UserError, match=r"quant\.bits_map has 'middle"):
         layer_plans(Context.of(pipe, config).adapter, configure('quant.bits_map={"middle.*": w8a8}').quant)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cachequant.quant import rounding
 from cachequant.quant.affine import grid_from_range, quantize
 from cachequant.quant.rounding import (
     BLOCK,
@@ -93,7 +94,7 @@ def test_blocks_of_columns_change_nothing() -> None:
     assert torch.equal(made[:, factor.order], expected)
 
 
-def test_the_best_candidate_is_taken_row_by_row() -> None:
+def test_the_best_candidate_is_taken_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = problem(3, rows=30)
     segment = (torch.arange(12) >= 7).long()
     candidates, factor = candidate_grids(weight, segment, 3), Factor.of(moment, 0.01)
@@ -101,6 +102,10 @@ def test_the_best_candidate_is_taken_row_by_row() -> None:
     alone = torch.stack([compensated(weight, factor, one)[1] for one in candidates])
     torch.testing.assert_close(error, alone.amin(0))
     assert len(set(alone.argmin(0).tolist())) > 1
+    monkeypatch.setattr(rounding, "PIECE", 7 * 12 * len(candidates))  # seven rows at once
+    for found, whole in zip(best_rounding(weight, factor, candidates), (integers, grids, error), strict=True):
+        pairs = [(found, whole)] if isinstance(found, Tensor) else [(found.scale, whole.scale)]
+        assert all(torch.equal(*pair) for pair in pairs)
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(error, rounding_error(weight, damped, integers, grids), rtol=1e-8, atol=1e-12)
 
