@@ -153,21 +153,23 @@ class Workbench:
         reference = self.recipe.reference
         if reference == FULL:
             reference = str(self._full(plan, Plan.load(plan, lazy=True).config, SEEDS))
-        found = self._evaluate(images, self.recipe.metrics, reference)
+        found = self._evaluate(images, self.recipe.metrics, reference, self.recipe.resize)
         if images == full:
             return found
         return found | self._evaluate(images, self.recipe.paired, str(full))
 
-    def _evaluate(self, images: Path, metrics: tuple[str, ...], reference: str | None) -> dict[str, float]:
+    def _evaluate(
+        self, images: Path, metrics: tuple[str, ...], reference: str | None, resize: int | None = None
+    ) -> dict[str, float]:
         """Metrics of a folder of shards, computed once for what is in it."""
         prompts = load_config(self.recipe.config, list(self.recipe.overrides)).sampler.prompts
         arguments = ["--metrics", ",".join(metrics)]
         arguments += ["--ref", reference] if reference else []
         arguments += ["--prompts", prompts] if prompts else []
-        arguments += ["--resize", str(self.recipe.resize)] if self.recipe.resize else []
+        arguments += ["--resize", str(resize)] if resize else []
         arguments += ["--weights", str(self.options.weights)] if self.options.weights else []
         seen = [self._print(images), self._print(Path(reference)) if reference else None, list(read_prompts(prompts))]
-        key = content_hash({"seen": seen, "metrics": list(metrics), "resize": self.recipe.resize})
+        key = content_hash({"seen": seen, "metrics": list(metrics), "resize": resize})
         kept = self._folder / "metrics" / f"{key[:24]}.json"
         if not kept.is_file():
             record = self._command("evaluate", str(images), *arguments)
