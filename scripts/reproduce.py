@@ -16,7 +16,8 @@ from pathlib import Path
 
 from cachequant.cli import guarded
 from cachequant.evaluation.tables import table_names
-from cachequant.pipeline.reproduce import CommandFailed, Options, reproduce
+from cachequant.pipeline.reproduce import CommandFailed, reproduce
+from cachequant.pipeline.table_recipe import Options
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ from cachequant.config import repository_folder
 from cachequant.evaluation import measures
 from cachequant.evaluation.inception import Inception, InceptionFeatures
 from cachequant.pipeline import reproduce as driver
+from cachequant.pipeline import table_recipe
 
 SMALL = [
     "--miniature", "--count", "4", "--device", "cpu", "--set", "sampler.steps=6", "--set", "calibration.samples=2",
@@ -187,7 +188,8 @@ def test_an_absent_configuration_of_a_miniature_is_one_line(
     root = repository_folder()
     shutil.copytree(root / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "fashion.yaml").unlink()
-    monkeypatch.setattr(driver, "repository_folder", lambda: tmp_path)
+    monkeypatch.setattr(table_recipe, "repository_folder", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert script.main(["--table", "cifar", "--miniature", "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "no configuration file" in lines[0] and "fashion.yaml" in lines[0]

@@ -6,6 +6,7 @@ the images, the reference and the metrics. So a second call only does what is mi
 
 from __future__ import annotations
 
+import platform
 import shlex
 import subprocess
 import sys
@@ -21,18 +22,19 @@ import torch
 
 from cachequant import __version__
 from cachequant.cli import main as command_line
-from cachequant.config import RunConfig, load_config, repository_folder
+from cachequant.config import RunConfig, load_config
 from cachequant.errors import UserError
 from cachequant.evaluation.plots import save_figure
 from cachequant.evaluation.rows import FULL
 from cachequant.evaluation.table_figure import table_figure
-from cachequant.evaluation.tables import Comparison, Figures, Part, Row, read_miniature, read_table, to_csv
+from cachequant.evaluation.tables import Comparison, Figures, Part, Row, read_table, to_csv
 from cachequant.lock import writer_lock
 from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
-from cachequant.models.loading import load_pipeline
+from cachequant.models.loading import load_pipeline, torch_device
 from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.report import first_calls
+from cachequant.pipeline.table_recipe import Options, Recipe
 from cachequant.plan import Plan
 from cachequant.storage import content_hash, file_hash, load_json, save_json, write_atomically
 
@@ -47,74 +49,6 @@ class CommandFailed(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"a command ended with status {status}")
         self.status = status
-
-
-@dataclass(frozen=True)
-class Options:
-    """How tables are measured.
-
-    Attributes:
-        out: folder.
-        miniature: on the trained miniatures, with the distances that they have.
-        reference: of the metrics of real models.
-        count: images of each row, default the paper's number, or 1,000 of a miniature.
-        overrides: `key=value` for every row.
-        rows: names of those to measure, default all.
-        weights: folder of the metrics' networks.
-        device, devices: of `cachequant run`.
-    """
-
-    out: Path
-    miniature: bool = False
-    reference: Path | None = None
-    count: int | None = None
-    overrides: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    weights: Path | None = None
-    device: str = "auto"
-    devices: int | None = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a part needs here, on the real model or on its miniature."""
-
-    config: Path
-    metrics: tuple[str, ...]
-    reference: str | None
-    paired: tuple[str, ...]
-    resize: int | None
-    overrides: tuple[str, ...]
-
-    @property
-    def subject(self) -> str:
-        """What is measured, in words."""
-        config = load_config(self.config, list(self.overrides))
-        sample = config.sample
-        return (
-            f"configs/{self.config.name}, {config.sampler.steps} steps, {sample.count} images in batches of "
-            f"{sample.batch_size}"
-        )
-
-    @staticmethod
-    def of(part: Part, options: Options) -> Recipe:
-        """Raises UserError where a reference is needed and not given, or a miniature is not there."""
-        if not options.miniature:
-            if part.reference is not None and options.reference is None:
-                raise UserError(f"part {part.name} compares with {part.reference} and there is none: give --ref")
-            count, reference = options.count or part.images, options.reference if part.reference else None
-            own = (f"sample.count={count}", *options.overrides)
-            config = repository_folder() / part.config
-            return Recipe(config, part.metrics, _text(reference), ("psnr", "ssim"), part.resize, own)
-        stand_in = read_miniature(part.miniature)
-        config = repository_folder() / stand_in.config
-        own = (*part.miniature_set, f"sample.count={options.count or 1000}", *options.overrides)
-        model = Path(load_config(config, list(own)).model.path)
-        if not (model.is_dir() or (repository_folder() / model).is_dir()):
-            raise UserError(
-                f"no miniature in {model}, expected its trained weights: scripts/train/train_miniatures.py makes them"
-            )
-        return Recipe(config, stand_in.metrics, stand_in.reference, stand_in.paired, None, own)
 
 
 def reproduce(table: str, options: Options) -> list[Comparison]:
@@ -145,7 +79,9 @@ def _write(table: str, options: Options, comparisons: list[Comparison], commands
     for name, text in texts.items():
         write_atomically(options.out / name, partial(_save, text))
     record: dict[str, Any] = {"table": table, "miniature": options.miniature, "cachequant": __version__}
+    on_gpu = torch_device(options.device).type == "cuda"
     record |= {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads()}
+    record["machine"] = torch.cuda.get_device_name() if on_gpu else platform.machine()
     record["commands"] = commands
     record["parts"] = {c.part.name: {row: dict(figures) for row, figures in c.ours.items()} for c in comparisons}
     save_json(options.out / "table.json", record)
@@ -217,21 +153,23 @@ class Workbench:
         reference = self.recipe.reference
         if reference == FULL:
             reference = str(self._full(plan, Plan.load(plan, lazy=True).config, SEEDS))
-        found = self._evaluate(images, self.recipe.metrics, reference)
+        found = self._evaluate(images, self.recipe.metrics, reference, self.recipe.resize)
         if images == full:
             return found
         return found | self._evaluate(images, self.recipe.paired, str(full))
 
-    def _evaluate(self, images: Path, metrics: tuple[str, ...], reference: str | None) -> dict[str, float]:
+    def _evaluate(
+        self, images: Path, metrics: tuple[str, ...], reference: str | None, resize: int | None = None
+    ) -> dict[str, float]:
         """Metrics of a folder of shards, computed once for what is in it."""
         prompts = load_config(self.recipe.config, list(self.recipe.overrides)).sampler.prompts
         arguments = ["--metrics", ",".join(metrics)]
         arguments += ["--ref", reference] if reference else []
         arguments += ["--prompts", prompts] if prompts else []
-        arguments += ["--resize", str(self.recipe.resize)] if self.recipe.resize else []
+        arguments += ["--resize", str(resize)] if resize else []
         arguments += ["--weights", str(self.options.weights)] if self.options.weights else []
         seen = [self._print(images), self._print(Path(reference)) if reference else None, list(read_prompts(prompts))]
-        key = content_hash({"seen": seen, "metrics": list(metrics), "resize": self.recipe.resize})
+        key = content_hash({"seen": seen, "metrics": list(metrics), "resize": resize})
         kept = self._folder / "metrics" / f"{key[:24]}.json"
         if not kept.is_file():
             record = self._command("evaluate", str(images), *arguments)
@@ -258,11 +196,11 @@ class Workbench:
             CommandFailed: it failed.
         """
         out, options = self._folder / "command.json", self.options
-        argv = [*words, "--device", options.device, "--json", str(out)]
-        if options.devices is not None and options.devices > 1:
-            argv += ["--devices", str(options.devices)]
+        several = options.devices is not None and options.devices > 1
+        argv = [*words, "--device", options.device, *(["--devices", str(options.devices)] if several else [])]
         self.commands.append("cachequant " + shlex.join(argv))
-        if options.devices is not None and options.devices > 1:
+        argv += ["--json", str(out)]
+        if several:
             command = [sys.executable, "-m", "cachequant", *argv]
             status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
         else:
@@ -316,7 +254,3 @@ def _seconds(images: Path) -> Mapping[str, float]:
     """Seconds an image, by the clock of those who drew them."""
     record = load_json(images / "seconds.json")
     return {"seconds": record["seconds"] / record["drawn"]} if record["drawn"] else {}
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
