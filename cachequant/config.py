@@ -180,6 +180,7 @@ _CHOICES = {
         "effect",
         "residual_effect",
         "forecast_effect",
+        "drift",
         "joint",
     ),
     "correction.layers": ("none", "consumers", "all"),
