@@ -236,6 +236,7 @@ _CHOICES = {
         "effect",
         "residual_effect",
         "forecast_effect",
+        "drift",
         "joint",
     ),
     "correction.layers": ("none", "consumers", "all"),

@@ -15,6 +15,8 @@ CacheQuant section 3.3 in one cost (ours; the released schedule is the same for 
 * "sampler": squared gain of the network times what DDIM does to an error of its prediction
   (`pipeline.calibrate.SamplerGains`).
 * "effect": the measured effect of reusing a feature at that step alone on the final sample (`pipeline.effect`).
+
+`coherent` counts that the errors of a group add up instead of averaging out (`schedule.group_costs`; ours).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Cost:
     error: Literal["l1", "l2", "residual", "forecast"]
     weight: Literal["none", "sampler", "effect"] = "none"
     rounded: bool = False
+    coherent: bool = False
 
 
 COSTS: dict[str, Cost] = {
@@ -52,9 +55,10 @@ COSTS: dict[str, Cost] = {
     "effect": Cost("l2", "effect"),
     "residual_effect": Cost("residual", "effect"),
     "forecast_effect": Cost("forecast", "effect"),
-    "joint": Cost("residual", "effect", rounded=True),
+    "drift": Cost("forecast", "effect", coherent=True),
+    "joint": Cost("forecast", "effect", rounded=True, coherent=True),
 }
-"""Name -> cost; "l1" is the paper's, "joint" knows the correction, the bits and the sample."""
+"""Name -> cost; "l1" is the paper's, "joint" knows the correction, the bits, the sample and the drift."""
 
 
 class Band(Protocol):

@@ -188,12 +188,14 @@ def _as_rows(feature: Tensor) -> Tensor:
     )
 
 
-def group_costs(band: Tensor, weights: Tensor | None = None) -> Tensor:
+def group_costs(band: Tensor, weights: Tensor | None = None, coherent: bool = False) -> Tensor:
     """D[i, l] = Σ_{d<l} w[i+d]·band[i+d, d]: cost of the group [i, i+l), by prefix sums.
 
     Args:
         band: [T, L, …] of `DistanceBand.values`; further dimensions (the length of the group before) stay as they are.
         weights: [T] importance of an error at each step; None is 1 everywhere (the paper).
+        coherent: errors of one group push the sample the same way. Their sum is bounded by ‖Σδ‖² ≤ (l - 1)·Σ‖δ‖² (Cauchy and
+            Schwarz; the refresh has none), so the group costs that factor more. Ours.
 
     Returns:
         [T, L + 1, …] float64; groups that would end after T are inf.
@@ -207,7 +209,11 @@ def group_costs(band: Tensor, weights: Tensor | None = None) -> Tensor:
     shifted = weighted[step.clamp(max=num_steps - 1), offset]  # [T, L, …] band[i+d, d]
     inside = (step < num_steps).view(num_steps, length, *[1] * len(rest))
     shifted = torch.where(inside, shifted, torch.inf)
-    return torch.cat([torch.zeros(num_steps, 1, *rest, dtype=torch.float64), shifted.cumsum(1)], dim=1)
+    costs = torch.cat([torch.zeros(num_steps, 1, *rest, dtype=torch.float64), shifted.cumsum(1)], dim=1)
+    if not coherent:
+        return costs
+    cached = torch.arange(-1, length).clamp(min=0).view(1, -1, *[1] * len(rest))  # cached steps of each length
+    return torch.where(costs.isfinite(), costs * cached, costs)
 
 
 def solve_schedule(costs: Tensor, groups: int, min_length: int, max_length: int) -> tuple[tuple[int, ...], float]:
@@ -263,7 +269,13 @@ def schedule_cost(costs: Tensor, schedule: Schedule) -> float:
     return total
 
 
-def best_schedule(values: Tensor, interval: int, weights: Tensor | None = None, groups: int | None = None) -> Schedule:
+def best_schedule(
+    values: Tensor,
+    interval: int,
+    weights: Tensor | None = None,
+    groups: int | None = None,
+    coherent: bool = False,
+) -> Schedule:
     """The schedule that minimises the summed error of reused features.
 
     Group lengths lie in [ceil(N/2), 2N] (CacheQuant section 3.2). `groups` overrides K = ceil(T / N): the released code
@@ -272,13 +284,13 @@ def best_schedule(values: Tensor, interval: int, weights: Tensor | None = None, 
     Args:
         values: [T, L] or [T, L, L + 1] of a band.
         interval: N.
-        weights: [T] of `group_costs`.
+        weights, coherent: of `group_costs`.
         groups: K.
 
     Raises:
         UserError: infeasible combination of T, K and the bounds.
     """
-    num_steps, costs = len(values), group_costs(values, weights)
+    num_steps, costs = len(values), group_costs(values, weights, coherent)
     k = groups or num_groups(num_steps, interval)
     steps, cost = solve_schedule(costs, k, math.ceil(interval / 2), 2 * interval)
     uniform = schedule_cost(costs, uniform_schedule(num_steps, interval, k))

@@ -37,7 +37,7 @@ def reference(cost: Cost, features: Tensor, weights: Tensor, steps: tuple[int, .
                 "residual": lambda t=t, start=start: left(features[t], [held[start]]),
                 "forecast": lambda t=t, start=start, before=before: left(features[t], [held[start], *before]),
             }[cost.error]()
-            total += float(weights[t]) * error
+            total += float(weights[t]) * error * (end - start - 1 if cost.coherent else 1)
     return total
 
 
@@ -52,12 +52,12 @@ def test_a_costs_optimum_is_that_of_exhaustive_search(name: str, seed: int, step
     band = band_for(cost, steps, interval, 1, BITS)
     for feature in features:
         band.update(feature)
-    costs, groups = group_costs(band.values, weights), math.ceil(steps / interval)
+    costs, groups = group_costs(band.values, weights, cost.coherent), math.ceil(steps / interval)
     candidates = feasible(steps, groups, math.ceil(interval / 2), 2 * interval)
     expected = {steps_: reference(cost, features, weights, steps_) for steps_ in candidates}
     for candidate, value in expected.items():
         assert schedule_cost(costs, Schedule(candidate, steps, interval)) == pytest.approx(value, rel=1e-4)
-    found = best_schedule(band.values, interval, weights)
+    found = best_schedule(band.values, interval, weights, coherent=cost.coherent)
     assert found.cost == pytest.approx(min(expected.values()), rel=1e-4)
     assert expected[found.refresh_steps] == pytest.approx(min(expected.values()), rel=1e-4)
     uniform = uniform_schedule(steps, interval, groups).refresh_steps

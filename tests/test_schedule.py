@@ -168,6 +168,19 @@ def test_schedule_cost_is_the_papers_objective(seed: int, steps: int, interval: 
     assert schedule_cost(group_costs(band.values), schedule) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_coherent_errors_are_bounded_by_the_cost_of_their_group() -> None:
+    """‖Σδ‖² of any errors of the given sizes is at most the group's cost, and equals it where they are the same."""
+    generator = torch.Generator().manual_seed(0)
+    for errors in (torch.randn(6, 5, generator=generator), torch.randn(1, 5, generator=generator).expand(6, 5)):
+        band = torch.zeros(7, 7)
+        band[torch.arange(1, 7), torch.arange(1, 7)] = errors.square().sum(1)  # step t reuses step 0
+        cost, together = float(group_costs(band, coherent=True)[0, 7]), float(errors.sum(0).square().sum())
+        assert together <= cost * (1 + 1e-6)
+    assert together == pytest.approx(cost, rel=1e-5)
+    costs = group_costs(band, coherent=True)
+    assert (costs[:, :2][costs[:, :2].isfinite()] == 0).all() and math.isinf(costs[6, 2])
+
+
 def test_a_group_longer_than_the_band_costs_infinitely_much() -> None:
     costs = group_costs(torch.zeros(10, 4))
     assert math.isinf(schedule_cost(costs, Schedule((0, 5), 10, 2)))

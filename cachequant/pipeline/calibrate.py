@@ -171,7 +171,8 @@ def choose_schedule(context: Context, calibration: Calibration, allowance: Allow
     groups = config.cache.refreshes or num_groups(config.sampler.steps, interval)
     if config.schedule.kind == "power":
         return power_schedule(num_steps, interval, config.schedule.center, config.schedule.power, groups)
-    best = best_schedule(calibration.band, interval, calibration.weights, groups)
+    coherent = COSTS[calibration.cost].coherent
+    best = best_schedule(calibration.band, interval, calibration.weights, groups, coherent)
     if allowance is not None and not allowance.equal and calibration.band.dim() == 2:
         best = budget_schedule(calibration, interval, allowance, best.uniform_cost)
     uniform = uniform_schedule(num_steps, interval, groups)
@@ -188,7 +189,7 @@ def budget_schedule(
     calibration: Calibration, interval: int, allowance: Allowance, uniform_cost: float | None
 ) -> Schedule:
     """The best schedule within an allowance, with groups as long as those of the interval may be."""
-    costs = group_costs(calibration.band, calibration.weights)
+    costs = group_costs(calibration.band, calibration.weights, COSTS[calibration.cost].coherent)
     full, cached = torch.tensor(allowance.full), torch.tensor(allowance.cached)
     found = solve_budget(costs, full, cached, allowance.budget, math.ceil(interval / 2))
     return Schedule(found.refresh_steps, len(costs), interval, found.cost, uniform_cost)

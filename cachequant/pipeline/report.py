@@ -60,14 +60,14 @@ class Subject:
                 f"no plan in {folder}: expected a plan folder, or one of `cachequant run` with plan-* in it"
             )
         newest = Plan.load(found[0])
-        plans = {_name(newest): newest}
+        plans = {name_of(newest): newest}
         for path in found[1:]:
             plan = Plan.load(path)
             same = (plan.identity, plan.timesteps, plan.config.sampler) == (
                 newest.identity, newest.timesteps, newest.config.sampler,
             )  # fmt: skip
             if same and len(plans) <= OTHERS:
-                options = (_name(plan), f"{_name(plan)} n{plan.schedule.interval}", path.name)
+                options = (name_of(plan), f"{name_of(plan)} n{plan.schedule.interval}", path.name)
                 plans[next(name for name in options if name not in plans)] = plan
         places = (folder, folder / "stages", folder.parent)
         return Subject(plans, next((place for place in places if any(place.glob("1_calibrate-*"))), None))
@@ -199,7 +199,8 @@ def _stage_outputs(context: Context, folder: Path | None) -> tuple[Tensor | None
     return costs, {"reused as it is": before, "corrected": after}
 
 
-def _name(plan: Plan) -> str:
+def name_of(plan: Plan) -> str:
+    """What a plan is called in tables: its method, ours being "cachequant"."""
     method = Path(plan.config.method).stem
     return "cachequant" if method == "best" else method
 

@@ -65,7 +65,7 @@ def test_every_cost_makes_the_best_schedule_of_stored_features(pipe: Any, config
     if cost.weight == "none":
         assert (calibration.weights == 1).all()
     assert calibration.neighbour.shape == (6,) and calibration.neighbour[0] == 0
-    expected = best_schedule(band.values, 2, calibration.weights)
+    expected = best_schedule(band.values, 2, calibration.weights, coherent=cost.coherent)
     assert found.refresh_steps == expected.refresh_steps and found.cost == pytest.approx(expected.cost, rel=1e-4)
 
 

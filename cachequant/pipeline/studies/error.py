@@ -20,7 +20,7 @@ from cachequant.evaluation.plots import curve_figure
 from cachequant.pipeline.calibrate import sampler_sigmas
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.report import parts_of
+from cachequant.pipeline.report import name_of, parts_of
 from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.pipeline.studies.findings import Findings, Table
 from cachequant.pipeline.studies.subject import StudySubject
@@ -116,7 +116,7 @@ def study(subject: StudySubject, count: int) -> Findings:
     context, plan, seeds = subject.context, subject.plan(), subject.judging(count)[1]
     if plan.quant is None and plan.schedule.full_step_share == 1:
         raise UserError("this plan neither caches nor quantises, so that it has no error: set cache.interval above 1")
-    rows = {**parts_of(plan), "the plan": plan}
+    rows = {**parts_of(plan), name_of(plan): plan}
     curves = {name: _curves(context, row, seeds) for name, row in rows.items()}
     return _findings(subject, curves, count)
 
@@ -132,11 +132,11 @@ def _curves(context: Context, plan: Plan, seeds: list[int]) -> dict[str, Tensor]
 
 
 def _findings(subject: StudySubject, curves: dict[str, dict[str, Tensor]], count: int) -> Findings:
-    columns = ["row", "local error, mean", "on its own path", "error of x_t at the end"]
+    columns = ["row", "local", "own path", "x_t at the end"]
     added = "x_t, local errors added up"
     has_sum = all(added in found for found in curves.values())
     if has_sum:
-        columns += ["local errors added up", "measured / added up"]
+        columns += ["added up", "measured / added up"]
     lines = []
     for name, found in curves.items():
         last = float(found["x_t"][-1])
@@ -152,14 +152,15 @@ def _findings(subject: StudySubject, curves: dict[str, dict[str, Tensor]], count
         "Accumulated error of the sample on its path": _figure(curves, ("x_t",), label),
     }
     if has_sum:
-        plan = {"the plan": curves["the plan"], "uncorrected": curves["uncorrected"]}
-        figures["Measured error of the sample and its local errors added up"] = _figure(plan, ("x_t", added), label)
+        ends = {name: curves[name] for name in ("uncorrected", list(curves)[-1])}
+        figures["Measured error of the sample and its local errors added up"] = _figure(ends, ("x_t", added), label)
     notes = [
         ("What was measured", f"{count} samples of noise that no calibration has seen. At every step both networks predict "
          "from the same x_t: local where full precision leads, on its own path where the accelerated model leads."),
-        ("How to read it", "If errors only added up, the last two columns would agree. A ratio below 1 means that the "
-         "network pulls a drifted sample back, or that errors of different steps cancel on the way; above 1, that drift "
-         "feeds on itself."),
+        ("How to read it", "Relative errors: of the prediction, averaged over the steps, and of the sample. “added up” is "
+         "what the sampler alone makes of the local errors. If errors only added up, the ratio would be 1. Below 1 the "
+         "network pulls a drifted sample back, or errors of different steps cancel on the way; above 1 drift feeds on "
+         "itself."),
     ]  # fmt: skip
     numbers: dict[str, Any] = {
         "rows": {name: {kind: error.tolist() for kind, error in found.items()} for name, found in curves.items()}

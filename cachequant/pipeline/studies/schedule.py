@@ -64,7 +64,7 @@ class Measured:
 def study(subject: StudySubject, count: int) -> Findings:
     """Measure every schedule on `count` images; each is filed, so that an interrupted study goes on."""
     tables = cost_tables(subject)
-    groups = {name: group_costs(*table) for name, table in tables.items()}
+    groups = {name: group_costs(*table, COSTS[name].coherent) for name, table in tables.items()}
     context, seeds = subject.judging(count)
     exact = draw(context, None, seeds, "full").images
     found: dict[str, Measured] = {}
@@ -81,7 +81,8 @@ def candidates(context: Context, tables: dict[str, tuple[Tensor, Tensor]]) -> di
     groups = context.config.cache.refreshes or num_groups(context.config.sampler.steps, interval)
     found = {"uniform": uniform_schedule(steps, interval, groups)}
     found |= {f"power, {w}": power_schedule(steps, interval, share * steps, power, groups) for w, share in POWERS}
-    found |= {f"dps {name}": best_schedule(band, interval, w, groups) for name, (band, w) in tables.items()}
+    for name, (band, weights) in tables.items():
+        found[f"dps {name}"] = best_schedule(band, interval, weights, groups, COSTS[name].coherent)
     return found | {f"random {seed}": random_schedule(steps, interval, seed, groups) for seed in range(RANDOM)}
 
 
@@ -134,7 +135,7 @@ def _band_name(name: str) -> str:
 def _gather(context: Context) -> dict[str, Tensor]:
     """Every band that some cost needs, and every weight."""
     bands: dict[str, dict[Hashable, Band]] = {_band_name(name): {} for name in COSTS}
-    kinds = {_band_name(name): replace(cost, weight="none") for name, cost in COSTS.items()}
+    kinds = {_band_name(name): cost for name, cost in COSTS.items()}
     cache, gains = FeatureCache(uniform_schedule(context.num_steps, 1)), SamplerGains(context)
     bits, interval = context.config.quant.activation_bits, context.config.cache.interval
 

@@ -75,11 +75,11 @@ def test_the_study_has_every_part_of_the_plan_and_leaves_the_pipeline_as_it_was(
     subject = subject_of(pipe, configure(), tmp_path)
     found = study(subject, 3)
     rows = found.numbers["rows"]
-    assert list(rows) == ["cache alone", "cache corrected", "uncorrected", "the plan"]
+    assert list(rows) == ["cache alone", "cache corrected", "uncorrected", "cachequant"]
     context, plan = subject.context, subject.plan()
     seeds = context.seeds(NOISE, 3)
     local, free = follow(context, plan, seeds, False), follow(context, plan, seeds, True)
-    assert rows["the plan"]["x_t"] == pytest.approx(path_error(free.x, local.x).tolist(), rel=1e-4)
+    assert rows["cachequant"]["x_t"] == pytest.approx(path_error(free.x, local.x).tolist(), rel=1e-4)
     assert len(found.figures) == 4 and len(found.tables[0].lines) == 4
     assert {name: type(module) for name, module in pipe.unet.named_modules()} == before
 

@@ -61,7 +61,7 @@ def test_a_plan_is_studied_from_its_run_folder(plan: Path, tmp_path: Path, capsy
     assert main(["report", str(plan), *common, "--json", str(note)]) == 0
     record = json.loads(note.read_text())
     assert record["page"] == str(plan / "study-error.html") and all(Path(file).is_file() for file in record["files"])
-    assert set(record["rows"]) == {"uncorrected", "the plan"}
+    assert set(record["rows"]) == {"uncorrected", "paper"}
     assert "Errors\n" in capsys.readouterr().out
     assert main(["report", str(next(plan.glob("plan-*"))), *common, "--out", str(tmp_path / "own.html")]) == 0
     again = json.loads((tmp_path / "own.json").read_text())
