@@ -19,10 +19,10 @@ from tests.fuzz.sandbox import Ending, fork, run, wait
 
 CONFIG = str(repository_folder() / "configs" / "fashion.yaml")
 SETTINGS = (
-    "sampler.steps=6", "cache.interval=2", "calibration.samples=4", "calibration.batch_size=2", "sample.count=130",
+    "sampler.steps=6", "cache.interval=2", "calibration.samples=4", "calibration.batch_size=2", "sample.count=66",
     "sample.batch_size=2", "schedule.fallback=false", "device=cpu",
 )  # fmt: skip
-"""Of a run of some seconds; its images are three shards."""
+"""Of a run of some seconds; its images are two shards."""
 TIMED = {"done.json", "measured.json", "seconds.json", "plan.json", ".lock"}
 """Files that hold seconds by the clock, or hashes of these."""
 STAGES = 8

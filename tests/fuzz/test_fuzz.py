@@ -14,7 +14,7 @@ from tests.fuzz import plans, yamls
 from tests.fuzz.__main__ import warm_up
 from tests.fuzz.sandbox import run
 
-COUNT = 12
+COUNT = 8
 """Seeds of each kind."""
 
 
