@@ -44,7 +44,7 @@ class IntegerLayer(nn.Module):
         self.geometry, self.widths, self.clock = Geometry.of(source), state.widths, clock
         self._source = (source,)  # a tuple hides it from the module tree
         self.packed = [PackedWeight.of(grid, self.geometry) for grid in state.weights]
-        self.scales = [grid.scale.float() for grid in state.weights]
+        self.scales = [grid.scale.float().contiguous() for grid in state.weights]  # oneDNN reads them as they lie
         self.bias = None if source.bias is None else source.bias.detach().float()
         self.corrections = dict(corrections or {})
         self._quantizers = [StepQuantizer(table.bits, table=table) for table in state.inputs]

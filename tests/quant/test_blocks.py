@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,30 @@ def test_every_layer_is_deployed_or_says_why() -> None:
     layers = [n for n, m in network.named_modules() if isinstance(m, IntegerLayer)]
     assert set(layers) == set(handle.integer) == set(handle.replaced) and not handle.reasons
     handle.remove()
+
+
+def test_a_layer_of_another_format_is_simulated_and_says_why() -> None:
+    network, clock = conditional(), FeatureCache(uniform_schedule(4, 2))
+    state, name = calibrated(network, clock), "mid_block.resnets.0.conv1"
+    table = replace(state.layers[name].inputs[0], format="fp8", zero_point=torch.zeros(1))
+    foreign = replace(state.layers[name], inputs=(table,))
+    handle = deploy(network, QuantState({**state.layers, name: foreign}), clock)
+    assert handle.reasons == {name: "fp8 is simulated only, integer backends run int8 and int4"}
+    assert name not in handle.integer and name in handle.replaced
+    handle.remove()
+
+
+def test_scales_are_read_as_numbers_however_they_lie() -> None:
+    network, clock = conditional(), FeatureCache(uniform_schedule(4, 2))
+    state, name = calibrated(network, clock), "mid_block.resnets.0.conv1"
+    x = torch.randn(1, network.get_submodule(name).in_channels, 4, 4)
+    grid = state.layers[name].weights[0]
+    strided = replace(grid, scale=torch.stack([grid.scale, torch.zeros_like(grid.scale)], dim=1)[:, 0])
+    outputs = []
+    for one in (grid, strided):
+        layer = IntegerLayer(network.get_submodule(name), replace(state.layers[name], weights=(one,)), clock)
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("make", [unconditional, conditional])
