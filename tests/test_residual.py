@@ -22,14 +22,18 @@ def walk(seed: int, steps: int, shape: tuple[int, ...] = (2, 3, 4, 4)) -> Tensor
 
 
 def left(target: Tensor, regressors: list[Tensor], channel_dim: int = 1) -> float:
-    """Σ over channels of the squares that least squares with a constant leaves, by QR in float64."""
+    """Σ over channels of the squares that least squares with a constant leaves, by SVD in float64.
+
+    Directions that the regressors hardly span are left out: features on a coarse grid may depend on one another.
+    """
     total = 0.0
     for channel in range(target.shape[channel_dim]):
         y = target.select(channel_dim, channel).double().flatten()
         columns = [x.select(channel_dim, channel).double().flatten() for x in regressors]
         design = torch.stack([torch.ones_like(y), *columns], dim=1)
-        q, _ = torch.linalg.qr(design)
-        total += float((y - q @ (q.T @ y)).square().sum())
+        basis, sizes, _ = torch.linalg.svd(design, full_matrices=False)
+        basis = basis[:, sizes > 1e-6 * sizes.max()]
+        total += float((y - basis @ (basis.T @ y)).square().sum())
     return total
 
 
