@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cachequant.errors import UserError
 from cachequant.lock import writer_lock
-from cachequant.pipeline.studies import error, memory, scaling, schedule
+from cachequant.pipeline.studies import error, formats, memory, scaling, schedule
 from cachequant.pipeline.studies.findings import Findings, write_study
 from cachequant.pipeline.studies.subject import StudySubject
 
@@ -19,6 +19,7 @@ STUDIES: dict[str, Study] = {
     "schedule": schedule.study,
     "memory": memory.study,
     "scaling": scaling.study,
+    "formats": formats.study,
 }
 
 

@@ -13,7 +13,7 @@ from cachequant.config import RunConfig
 from cachequant.correction import Moments, fit_affine
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.stages import Stages
-from cachequant.pipeline.study_formats import FORMATS, plot, r_squared, study, summary
+from cachequant.pipeline.studies.formats import FORMATS, measure, plot, r_squared, summary
 
 Configure = Callable[..., RunConfig]
 
@@ -41,7 +41,7 @@ def test_r_squared_by_its_definition() -> None:
 def test_every_layer_in_every_format(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     stages = Stages.at(Context.of(pipe, configure("quant.rounding_samples=2")), tmp_path, quiet=True)
     names = ("INT8", "W4A8", "FP8 E4M3", "log2 4-bit weights")
-    rows = study(stages, {name: FORMATS[name] for name in names})
+    rows = measure(stages, {name: FORMATS[name] for name in names})
     layers = {row.layer for row in rows}
     assert len(rows) == len(names) * len(layers) and len(layers) > 20
     assert all(row.before <= row.after + 1e-9 <= 1 + 1e-6 for row in rows)

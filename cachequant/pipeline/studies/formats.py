@@ -8,13 +8,15 @@ steps t, samples and pixels: first with ŷ the rounded product itself, then a₂
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from cachequant.correction import Moments
 from cachequant.pipeline.stages import Stages
+from cachequant.pipeline.studies.findings import Findings, Table
+from cachequant.pipeline.studies.subject import StudySubject
 from cachequant.pipeline.walk import Walk
 from cachequant.quant.convert import install
 from cachequant.quant.layers import Mode
@@ -55,7 +57,17 @@ class FormatRow:
     after: float
 
 
-def study(stages: Stages, formats: Mapping[str, dict[str, Any]] = FORMATS) -> list[FormatRow]:
+def study(subject: StudySubject, count: int) -> Findings:
+    """R² of every layer in every format; nothing is drawn, so that `count` is not needed."""
+    rows = measure(subject.stages)
+    table = Table("R² of the layers' products", COLUMNS, summary(rows))
+    note = ("How to read it", (__doc__ or "").strip())
+    figures = {"Unexplained share of each layer": plot(rows)}
+    title = "Number formats under the same fit"
+    return Findings(title, [note], [table], figures, {"rows": [asdict(row) for row in rows]})
+
+
+def measure(stages: Stages, formats: Mapping[str, dict[str, Any]] = FORMATS) -> list[FormatRow]:
     """R² of every quantised layer in every format, on the calibration inputs of all steps.
 
     Args:
