@@ -96,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate_options(evaluate)
     report = _command(commands, "report", "one page about a plan, drawn from here and now", _report, computes=False)
     report.add_argument("folder", type=Path, help="plan folder, run folder with its plans, or with --study a YAML")
-    report.add_argument("--study", metavar="NAME", help="error, schedule, memory, scaling or formats instead of the plan's page")
+    report.add_argument(
+        "--study", metavar="NAME", help="error, schedule, memory, scaling or formats instead of the plan's page"
+    )
     report.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of a study's YAML"
     )
