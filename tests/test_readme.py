@@ -28,7 +28,8 @@ COMMANDS = [c.strip() for c in re.findall(rf"(?:^    |`)((?:{'|'.join(PROGRAMS)}
 SMALL = (
     "sampler.steps=4", "cache.interval=2", "calibration.samples=2", "calibration.batch_size=2", "sample.count=2",
     "calibration.dps_samples=2", "calibration.dec_samples=2", "calibration.refresh_inputs=2", "calibration.cached_inputs=1",
-    "sample.batch_size=2", "schedule.fallback=false", "calibration.prompts=null",
+    "sample.batch_size=2", "schedule.fallback=false", "calibration.prompts=null", "quant.rounding_samples=2",
+    "quant.recon.iterations=3",
 )  # fmt: skip
 NOT_RUN = {
     "git clone": "needs a remote",
