@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import os
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,6 +9,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CP
 
 import pytest
 import torch
+from tqdm import tqdm
+
+# Tests kill forked processes at random moments. tqdm's own lock is a semaphore that all of them share: one that dies with it
+# would leave every other waiting for ever.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring
 
