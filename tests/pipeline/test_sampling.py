@@ -196,7 +196,7 @@ def fork_two(plan_folder: Path, out: Path) -> list[int]:
 def test_workers_killed_at_random_moments_leave_what_the_next_ones_finish(
     alone: dict[str, str], plan_folder: Path, tmp_path: Path
 ) -> None:
-    """kill -9 on one of two workers and then the other, twice in each of four folders: no image lost, doubled or half-written.
+    """kill -9 on one of two workers, then the other, twice in each of four folders: no image lost, doubled or half-written.
 
     What the first two leave is little work for the next two, who may be done before their moment comes.
     """
