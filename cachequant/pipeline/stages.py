@@ -14,6 +14,7 @@ import torch
 from cachequant import __version__
 from cachequant.budget import Allowance
 from cachequant.correction import Moments
+from cachequant.costs import COSTS
 from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
@@ -89,7 +90,7 @@ class Stages:
 
     def _calibration_inputs(self) -> dict[str, Any]:
         config, context = self.context.config, self.context
-        return {
+        inputs: dict[str, Any] = {
             "identity": asdict(context.identity),
             "timesteps": list(context.timesteps),
             "sampler": asdict(config.sampler),
@@ -98,6 +99,9 @@ class Stages:
             "cost": config.schedule.cost,
             "calibration": asdict(config.calibration),
         }
+        if COSTS[config.schedule.cost].rounded:
+            inputs["activation_bits"] = config.quant.activation_bits
+        return inputs
 
     def schedule(self) -> tuple[Schedule, str]:
         """Stage 1, second half: the schedule."""

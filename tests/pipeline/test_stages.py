@@ -174,6 +174,20 @@ def test_another_interval_never_reads_the_first_ones_files(pipe: Any, configure:
     assert len(list(tmp_path.glob("5_*"))) == 2
 
 
+@pytest.mark.parametrize(("cost", "apart"), [("quantised", True), ("joint", True), ("l2", False), ("drift", False)])
+def test_calibration_depends_on_the_bits_that_its_cost_rounds_to(
+    pipe: Any, configure: Configure, tmp_path: Path, cost: str, apart: bool
+) -> None:
+    keys = {
+        Stages.at(
+            Context.of(pipe, configure("method=paper", f"schedule.cost={cost}", f"quant.activation_bits={bits}")),
+            tmp_path,
+        ).calibration_key()
+        for bits in (4, 8)
+    }
+    assert len(keys) == (2 if apart else 1)
+
+
 def test_a_single_stage_asks_for_the_ones_before_it(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     context = Context.of(pipe, configure("method=paper"))
     with pytest.raises(UserError, match=r"stage 1 \(calibrate\) has no output"):
