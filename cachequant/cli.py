@@ -444,6 +444,7 @@ def stage_main(number: int, argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def action() -> None:
+        """Run the stage; the last before sampling saves the plan too."""
         stages = stages_of(args.config, args.set, args.device, args.out, number)
         with writer_lock(stages.store.root):
             _, key = stages.run(number)

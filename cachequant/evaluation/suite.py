@@ -147,6 +147,7 @@ def _inception_part(wanted: set[str], images: ImageSet, reference: Reference, ne
         passes.append((source, other))
 
     def results(device: Device) -> dict[str, float]:
+        """Every distance and score that the passes' sums give."""
         theirs = {**reference.gaussians, **(other.gaussians() if other else {})}
         found = {name: frechet_distance(*gaussian, *theirs[name]) for name, gaussian in mine.gaussians().items()}
         if mine.score is not None:

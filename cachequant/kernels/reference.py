@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Pad = tuple[int, int, int, int]
+"""Border of an image: left, right, top, bottom."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -39,6 +42,16 @@ class Geometry:
     def channel_dim(self) -> int:
         """Where the output channels are: 1 for [B, C, H, W], -1 for [..., C]."""
         return 1 if self.is_conv else -1
+
+    def border(self, window: tuple[int, int]) -> Pad:
+        """The border that a convolution puts around its input; `window`: rows and columns that one output pixel spans."""
+        if isinstance(self.padding, str):
+            if self.padding == "valid":
+                return 0, 0, 0, 0
+            height, width = (size - 1 for size in window)  # "same": the odd pixel at the end, as torch does
+            return width // 2, width - width // 2, height // 2, height - height // 2
+        height, width = self.padding
+        return width, width, height, height
 
 
 def product(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

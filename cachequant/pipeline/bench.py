@@ -126,6 +126,7 @@ def _time_run(context: Context, mode: str, step: StepFunction, cache: FeatureCac
     warm, spent = 0.0, 0.0
 
     def timed(call: Call) -> Tensor:
+        """One evaluation, whose time is noted."""
         nonlocal warm
         if warm == 0.0:
             start = time.perf_counter()
@@ -175,6 +176,7 @@ def _accelerated(context: Context, plan: Plan) -> Maker:
 
     @contextmanager
     def make() -> Iterator[tuple[StepFunction, FeatureCache]]:
+        """The denoiser with the plan attached, taken off again at the end."""
         adapter = context.adapter
         cache = cache_of(plan, adapter)
         backend = backend_of(context)

@@ -200,6 +200,7 @@ class Timer:
         began, cache = 0.0, running.cache
 
         def timed(call: Call) -> Tensor:
+            """One evaluation between two marks of the clock."""
             nonlocal began
             if not marks:
                 self.clock.wait()

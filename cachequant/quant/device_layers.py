@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.kernels.cuda import ops
-from cachequant.kernels.cuda.packing import DeviceWeight, Pad, padding_of
-from cachequant.kernels.reference import Geometry
+from cachequant.kernels.cuda.packing import DeviceWeight
+from cachequant.kernels.reference import Geometry, Pad
 from cachequant.quant.layers import Layer
 from cachequant.quant.step_tables import Columns, StepTables
 from cachequant.types import ActivationTable, AffineMap, LayerQuant
@@ -81,9 +81,7 @@ class DeviceLayer(nn.Module):
         ]
         self.stride = list(self.geometry.stride) if self.geometry.is_conv else [1, 1]
         self.window = list(weights[0].values.shape[1:3]) if self.geometry.is_conv else [1, 1]
-        self.pad: Pad = (
-            padding_of(self.geometry, (self.window[0], self.window[1])) if self.geometry.is_conv else (0,) * 4
-        )
+        self.pad = self.geometry.border((self.window[0], self.window[1])) if self.geometry.is_conv else (0,) * 4
         self.pointwise = self.window == [1, 1] and self.stride == [1, 1] and not any(self.pad)
 
     def _columns(

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachequant.kernels.cuda.packing import padding_of
 from cachequant.kernels.reference import Geometry
 
 ROWS = 4
@@ -79,7 +78,7 @@ class InputSums:
     def _windows(self, x: Tensor) -> Tensor:
         """Windows of the input at some output pixels, columns in the order of the weight's: [r, I·kh·kw]."""
         (height, width), stride, dilation = self.window, self.geometry.stride, self.geometry.dilation
-        padded = F.pad(x, padding_of(self.geometry, (dilation[0] * (height - 1) + 1, dilation[1] * (width - 1) + 1)))
+        padded = F.pad(x, self.geometry.border((dilation[0] * (height - 1) + 1, dilation[1] * (width - 1) + 1)))
         tall, wide = (
             (size - d * (k - 1) - 1) // s + 1
             for size, d, k, s in zip(padded.shape[2:], dilation, self.window, stride, strict=True)

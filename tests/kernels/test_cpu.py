@@ -35,7 +35,9 @@ def state(layer: Layer, widths: tuple[int, ...], zeros: tuple[int, int], bits: i
     return LayerQuant(tuple(grids), tuple(table for _ in widths), widths)
 
 
-def compare(layer: Layer, quant: LayerQuant, x: torch.Tensor, maps: dict[int, AffineMap] | None = None) -> None:
+def assert_equals_the_simulation(
+    layer: Layer, quant: LayerQuant, x: torch.Tensor, maps: dict[int, AffineMap] | None = None
+) -> None:
     """The deployed layer equals the simulated one within 1e-5 of its largest term."""
     clock = FeatureCache(uniform_schedule(4, 2))
     with torch.no_grad():
@@ -60,7 +62,7 @@ def test_convolutions_equal_the_simulated_ones(
     padding = dilation * (kernel // 2)
     layer = nn.Conv2d(inner, outer, kernel, stride, padding, dilation, bias=bias)
     x = torch.randn(batch, inner, size, size + 1) * spread
-    compare(layer, state(layer, (inner,), (weight_zero, zero), bits, seed), x)
+    assert_equals_the_simulation(layer, state(layer, (inner,), (weight_zero, zero), bits, seed), x)
 
 
 @needs_int8
@@ -71,7 +73,9 @@ def test_linear_layers_equal_the_simulated_ones(
 ) -> None:
     torch.manual_seed(seed)
     layer = nn.Linear(inner, outer)
-    compare(layer, state(layer, (inner,), (weight_zero, zero), 8, seed), torch.randn(*shape, inner) * 5)
+    assert_equals_the_simulation(
+        layer, state(layer, (inner,), (weight_zero, zero), 8, seed), torch.randn(*shape, inner) * 5
+    )
 
 
 @needs_int8
@@ -85,14 +89,14 @@ def test_both_halves_of_a_split_layer_and_its_correction(
     layer = nn.Conv2d(first + second, 9, kernel, padding=kernel // 2)
     maps = {0: AffineMap(torch.randn(9), torch.randn(9))}
     x = torch.randn(2, first + second, 6, 5)
-    compare(layer, state(layer, (first, second), (weight_zero, zero), 8, seed), x, maps)
+    assert_equals_the_simulation(layer, state(layer, (first, second), (weight_zero, zero), 8, seed), x, maps)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @needs_int8
 def test_named_padding(padding: str) -> None:
     layer = nn.Conv2d(6, 5, 3, padding=padding)
-    compare(layer, state(layer, (6,), (90, 17), 8, 0), torch.randn(2, 6, 7, 7))
+    assert_equals_the_simulation(layer, state(layer, (6,), (90, 17), 8, 0), torch.randn(2, 6, 7, 7))
 
 
 def test_what_cannot_run_says_why() -> None:

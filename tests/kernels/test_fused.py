@@ -32,7 +32,7 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield request.param
 
 
-def off_by_rounding(found: Tensor, exact: Tensor, grid: Grid) -> None:
+def assert_off_by_rounding(found: Tensor, exact: Tensor, grid: Grid) -> None:
     """Integers are those of the exact value, or a neighbour where it lies on a border within float32 rounding."""
     position = (exact / grid.scale + grid.zero_point).clamp(0, grid.levels)
     assert float((found.double() - position).abs().max()) <= 0.5 + 1e-3
@@ -120,9 +120,9 @@ def test_layer_norm_and_geglu(either: str) -> None:
     grids = (Grid(0.05, 120, 8), Grid(0.5, 7, 4))
     exact = F.layer_norm(x.double(), (50,), weight.double(), bias.double(), 1e-5)
     for q, grid in zip(layer_norm(x, weight, bias, 1e-5, grids), grids, strict=True):
-        off_by_rounding(q, exact, grid)
+        assert_off_by_rounding(q, exact, grid)
     value, gate = x.double().chunk(2, 1)
-    off_by_rounding(geglu(x, grids[0]), value * F.gelu(gate), grids[0])
+    assert_off_by_rounding(geglu(x, grids[0]), value * F.gelu(gate), grids[0])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_attention(either: str, queries: int, keys: int, heads: int, width: int)
     found = attention(q, k, v, heads, width**-0.5)
     assert float((found - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
     grid = Grid(0.02, 128, 8)
-    off_by_rounding(attention(q, k, v, heads, width**-0.5, grid), exact, grid)
+    assert_off_by_rounding(attention(q, k, v, heads, width**-0.5, grid), exact, grid)
 
 
 def test_the_package_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

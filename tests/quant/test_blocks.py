@@ -78,7 +78,7 @@ def deployed(network: nn.Module) -> Deployment:
     return deploy(network, calibrated(network, clock), clock)
 
 
-def close(found: Tensor, expected: Tensor, grids: int) -> None:
+def assert_close(found: Tensor, expected: Tensor, grids: int) -> None:
     """Equal but for activations that float32 rounding moved over a grid border: a few steps of the finest output."""
     error = (found - expected).norm() / expected.norm()
     assert float(error) <= 2e-3 * grids
@@ -111,7 +111,7 @@ def test_every_fused_block_is_its_class_around_the_same_layers(make: Any) -> Non
     for name, (args, options, output) in met.items():
         whole = tuple(torch.cat(a, 1) if isinstance(a, tuple) and name.split(".")[-2] == "resnets" else a for a in args)
         expected = network.get_submodule(name)(*whole, **options)
-        close(output, expected[0] if isinstance(expected, tuple) else expected, grids=3)
+        assert_close(output, expected[0] if isinstance(expected, tuple) else expected, grids=3)
 
 
 @pytest.mark.parametrize("make", [unconditional, conditional])
@@ -188,10 +188,10 @@ def test_masks_run_the_class_of_the_block() -> None:
     x, context = torch.randn(2, 64, 8), torch.randn(2, 7, 16)
     mask = torch.zeros(2, 1, 7)
     masked = block(x, encoder_hidden_states=context, encoder_attention_mask=mask)
-    close(block(x, encoder_hidden_states=context), masked, grids=3)
+    assert_close(block(x, encoder_hidden_states=context), masked, grids=3)
     mask[:, :, 3:] = -10000.0
     cut = block(x, encoder_hidden_states=context[:, :3])
-    close(block(x, encoder_hidden_states=context, encoder_attention_mask=mask), cut, grids=3)
+    assert_close(block(x, encoder_hidden_states=context, encoder_attention_mask=mask), cut, grids=3)
     handle.remove()
 
 

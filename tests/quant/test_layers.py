@@ -99,7 +99,7 @@ def channels(values: Tensor, like: Tensor, dim: int) -> Tensor:
     return values.double().view(shape)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     difference = (found.double() - expected.double()).abs().max()
     assert float(difference) <= tolerance * max(float(expected.abs().max()), 1.0)
 
@@ -174,7 +174,7 @@ def test_a_convolution_is_its_float64_reference(geometry: dict[str, Any], bits: 
     expected = reference_products(layer, x)[0]
     if source.bias is not None:
         expected = expected + channels(source.bias, expected, 1)
-    close(layer(x), expected)
+    assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -185,7 +185,7 @@ def test_a_linear_layer_is_its_float64_reference(shape: tuple[int, ...], bias: b
     layer = quantised(source, (rows,), (6,))
     x = on_grid(shape, [rows], [6], -1)
     expected = reference_products(layer, x)[0]
-    close(layer(x), expected if source.bias is None else expected + source.bias.double())
+    assert_close(layer(x), expected if source.bias is None else expected + source.bias.double())
 
 
 @pytest.mark.parametrize("make", [conv, linear])
@@ -202,7 +202,7 @@ def test_the_halves_of_a_split_layer_have_their_own_grids(
     expected = sum(reference_products(layer, x), torch.zeros((), dtype=torch.float64))
     if source.bias is not None:
         expected = expected + channels(source.bias, expected, dim)
-    close(layer(x), expected)
+    assert_close(layer(x), expected)
 
 
 def test_a_layer_reads_the_row_of_its_step() -> None:
@@ -213,7 +213,7 @@ def test_a_layer_reads_the_row_of_its_step() -> None:
     assert source.bias is not None
     for step, row in ((0, 0), (1, 0), (2, 0), (3, 1), (7, 1)):  # steps without a row take the one before
         layer.clock.step = step
-        close(layer(x), reference_products(layer, x, row)[0] + source.bias.double())
+        assert_close(layer(x), reference_products(layer, x, row)[0] + source.bias.double())
 
 
 def test_a_layer_keeps_the_type_of_its_input() -> None:
@@ -315,7 +315,7 @@ def test_a_correction_acts_on_the_h_product_alone_and_before_the_bias(
     expected = fit.to("cpu", torch.float64).apply(first, channel_dim=dim) + sum(rest)
     if source.bias is not None:
         expected = expected + channels(source.bias, expected, dim)
-    close(layer(x), expected)
+    assert_close(layer(x), expected)
     layer.clock.step = 1  # a step without a map
     assert torch.equal(layer(x), plain)
     layer.clock.step = 0
@@ -381,7 +381,7 @@ def test_fit_mode_centres_the_residual_and_never_enlarges_the_error(
     assert float(residual.mean(1).abs().max()) < 1e-5
     assert torch.all(residual.square().sum(1) <= per_channel(target - before).square().sum(1) * (1 + 1e-6))
     layer.mode = Mode.QUANTIZED  # the fit stays
-    close(layer(drifted), fitted)
+    assert_close(layer(drifted), fitted)
 
 
 def test_a_fit_needs_a_recorded_target_each_time() -> None:
@@ -407,15 +407,14 @@ def test_a_fit_of_chunks_is_the_fit_of_their_pairs_together() -> None:
         layer.mode = Mode.FIT
         for part in x.split(sizes):
             layer(part)
-    close(parts.corrections[0].scale, whole.corrections[0].scale)
-    close(parts.corrections[0].shift, whole.corrections[0].shift)
+    assert_close(parts.corrections[0].scale, whole.corrections[0].scale)
+    assert_close(parts.corrections[0].shift, whole.corrections[0].shift)
     parts.start_fit(new_step=True)
-    layer.mode = Mode.FIT
     parts.mode = Mode.RECORD
     parts(truth)
     parts.mode = Mode.FIT
     parts(x)
-    close(parts.corrections[0].scale, whole.corrections[0].scale)  # nothing of the step before is left
+    assert_close(parts.corrections[0].scale, whole.corrections[0].scale)  # nothing of the step before is left
 
 
 def test_a_held_out_fit_is_that_of_every_other_sample_on_the_rest() -> None:
@@ -432,8 +431,8 @@ def test_a_held_out_fit_is_that_of_every_other_sample_on_the_rest() -> None:
     for half, moments in enumerate(halves):
         moments.update((product_alone[half::2],), (target - layer.source.bias)[half::2])
     expected = solve_held_out(halves)
-    close(layer.corrections[0].scale, expected.scale)
-    close(layer.corrections[0].shift, expected.shift)
+    assert_close(layer.corrections[0].scale, expected.scale)
+    assert_close(layer.corrections[0].shift, expected.shift)
 
 
 def test_a_strong_ridge_keeps_the_scale_and_still_centres() -> None:

@@ -75,6 +75,7 @@ def run_product(
     operands = (scale, shift, source, beta, row_sum, offset)
 
     def call(kernel: str) -> None:
+        """The product by one kernel."""
         if kernel.startswith(TRITON):
             from cachequant.kernels.cuda import triton_product
 
@@ -119,6 +120,7 @@ def run_activated(
     tiles = {TRITON + "x".join(map(str, blocks)): blocks for blocks in triton_feed_forward.BLOCKS}
 
     def call(kernel: str) -> None:
+        """Product and activation by one kernel."""
         triton_feed_forward.activated(
             x, weight, operands, grid, kind == "geglu", kind == "gelu_tanh", out, tiles[kernel]
         )

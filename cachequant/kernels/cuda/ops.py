@@ -7,14 +7,12 @@ of the compiled and the Triton kernels for their shape, everything else runs in 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
 from cachequant.kernels.cuda import reference
 from cachequant.kernels.cuda.dispatch import run_activated, run_product
-
-Pad = tuple[int, int, int, int]
+from cachequant.kernels.reference import Pad
 
 
 def _pad(values: list[int]) -> Pad:
@@ -198,8 +196,7 @@ def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: i
 @custom_op("cachequant::group_norm_float", mutates_args=())
 def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """GroupNorm of [B, H, W, C] in its own type."""
-    y = F.group_norm(x.float().permute(0, 3, 1, 2), groups, weight.float(), bias.float(), eps)
-    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    return reference.group_norm_float(x, weight, bias, groups, eps)
 
 
 @group_norm_float.register_kernel("cuda")

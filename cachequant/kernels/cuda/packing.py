@@ -10,8 +10,6 @@ from torch import Tensor
 from cachequant.kernels.reference import Geometry
 from cachequant.types import WeightGrid
 
-Pad = tuple[int, int, int, int]
-
 
 @dataclass(frozen=True)
 class DeviceWeight:
@@ -43,17 +41,6 @@ class DeviceWeight:
             rows.long().sum(1).float().to(device),
             offset.float().to(device) if bool(offset.any()) else None,
         )
-
-
-def padding_of(geometry: Geometry, window: tuple[int, int]) -> Pad:
-    """A convolution's border: left, right, top, bottom."""
-    if isinstance(geometry.padding, str):
-        if geometry.padding == "valid":
-            return 0, 0, 0, 0
-        height, width = (size - 1 for size in window)  # "same": the odd pixel at the end, as torch does
-        return width // 2, width - width // 2, height // 2, height - height // 2
-    height, width = geometry.padding
-    return width, width, height, height
 
 
 def unsupported(weights: tuple[WeightGrid, ...], activation_bits: tuple[int, ...], geometry: Geometry) -> str | None:

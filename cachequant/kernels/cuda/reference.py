@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cachequant.kernels.reference import Pad
+
 INT8_OUT = torch.int8
 """Output type of a requantised product: rounded to nearest even and saturated."""
 
@@ -70,7 +72,7 @@ def quantize(x: Tensor, grid: Tensor) -> Tensor:
     return ((x.float() * inverse).clamp(low - zero, high - zero).round() + zero).to(torch.int8)
 
 
-def pad_image(q: Tensor, grid: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
+def pad_image(q: Tensor, grid: Tensor, pad: Pad) -> Tensor:
     """int8 [B, H, W, C] with a border of the grid's zero; `pad` is left, right, top, bottom."""
     if pad == (0, 0, 0, 0):
         return q
@@ -81,7 +83,7 @@ def pad_image(q: Tensor, grid: Tensor, pad: tuple[int, int, int, int]) -> Tensor
     return out
 
 
-def quantize_image(x: Tensor, grid: Tensor, pad: tuple[int, int, int, int], upsample: int) -> Tensor:
+def quantize_image(x: Tensor, grid: Tensor, pad: Pad, upsample: int) -> Tensor:
     """[B, H, W, C] -> int8, every pixel repeated `upsample` times along both axes, inside a border of zeros."""
     q = quantize(x, grid).repeat_interleave(upsample, 1).repeat_interleave(upsample, 2)
     return pad_image(q, grid, pad)
@@ -96,7 +98,7 @@ def group_norm(
     eps: float,
     activate: bool,
     grids: Tensor,
-    pad: tuple[int, int, int, int],
+    pad: Pad,
 ) -> list[Tensor]:
     """GroupNorm (+ SiLU) of the concatenated parts + shift, each part quantised on its own grid.
 
@@ -115,6 +117,12 @@ def group_norm(
     y = F.silu(y) if activate else y
     halves = y.split([part.shape[3] for part in parts], dim=3)
     return [pad_image(quantize(half, grid), grid, pad) for half, grid in zip(halves, grids, strict=True)]
+
+
+def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """GroupNorm of [B, H, W, C] in its own type."""
+    y = F.group_norm(x.float().permute(0, 3, 1, 2), groups, weight.float(), bias.float(), eps)
+    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
 
 def layer_norm(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cachequant.kernels.cuda.triton_pointwise import normal_cdf, round_to_grid
-from cachequant.kernels.cuda.triton_product import Blocks, Operands, tile_of
+from cachequant.kernels.cuda.triton_product import Blocks, Operands, rescaled, tile_of
 
 BLOCKS = (
     Blocks(128, 64, 64, 4, 4),
@@ -25,20 +25,6 @@ BLOCKS = (
     Blocks(64, 32, 128, 4, 4),
 )
 """What the autotune chooses from; a gated activation has two accumulators of this size."""
-
-
-@triton.jit
-def _dense(
-    total, scale, shift, row_sum, offset, row, column, valid, wide, has_shift: tl.constexpr, has_offset: tl.constexpr
-):
-    """scale·total + shift + row_sum·offset in float32."""
-    y = tl.load(scale + column, wide, other=0.0)[None, :] * total.to(tl.float32)
-    if has_shift:
-        y += tl.load(shift + column, wide, other=0.0)[None, :]
-    if has_offset:
-        sums = tl.load(row_sum + row, valid, other=0.0)
-        y += sums[:, None] * tl.load(offset + column, wide, other=0.0)[None, :]
-    return y
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -63,10 +49,10 @@ def _activated_kernel(
         if gated:
             b = tl.load(weight + (column + n).to(tl.int64)[None, :] * k + inner[:, None], read, other=0)
             gates = tl.dot(a, b, gates, out_dtype=tl.int32)
-    y = _dense(total, scale, shift, row_sum, offset, row, column, valid, wide, has_shift, has_offset)
+    y = rescaled(total, scale, shift, row_sum, offset, row, column, valid, wide, has_shift, has_offset)
     z = y
     if gated:
-        z = _dense(gates, scale, shift, row_sum, offset, row, column + n, valid, wide, has_shift, has_offset)
+        z = rescaled(gates, scale, shift, row_sum, offset, row, column + n, valid, wide, has_shift, has_offset)
     # with tanh: ½(1 + tanh u) = sigmoid(2u)
     half = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z)) if tanh else normal_cdf(z)
     y = y * half * z if gated else y * half

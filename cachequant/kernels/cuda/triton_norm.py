@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachequant.kernels.cuda.triton_pointwise import Pad, padded_pixel, round_to_grid
+from cachequant.kernels.cuda.triton_pointwise import padded_pixel, round_to_grid
+from cachequant.kernels.reference import Pad
 
 APPLY_BLOCK = 2048
 """Values of one program of the output."""

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Pad = tuple[int, int, int, int]
-"""Border of an image: left, right, top, bottom."""
+from cachequant.kernels.reference import Pad
 
 
 @triton.jit

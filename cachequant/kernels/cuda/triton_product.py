@@ -35,6 +35,22 @@ BLOCKS = (
 
 
 @triton.jit
+def rescaled(
+    total: tl.tensor, scale: tl.tensor, shift: tl.tensor, row_sum: tl.tensor, offset: tl.tensor,
+    row: tl.tensor, column: tl.tensor, valid: tl.tensor, wide: tl.tensor,
+    has_shift: tl.constexpr, has_offset: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """scale·total + shift + row_sum·offset in float32, of the rows that are `valid` and the columns that are `wide`."""
+    y = tl.load(scale + column, wide, other=0.0)[None, :] * total.to(tl.float32)
+    if has_shift:
+        y += tl.load(shift + column, wide, other=0.0)[None, :]
+    if has_offset:
+        sums = tl.load(row_sum + row, valid, other=0.0)
+        y += sums[:, None] * tl.load(offset + column, wide, other=0.0)[None, :]
+    return y
+
+
+@triton.jit
 def _finish(
     total, scale, shift, source, beta, row_sum, offset, out, row, column, valid, n,
     has_shift: tl.constexpr, has_source: tl.constexpr, has_offset: tl.constexpr, integer: tl.constexpr,
@@ -42,12 +58,7 @@ def _finish(
     """scale·total + shift + beta·source + row_sum·offset, cast and stored."""
     wide = column < n
     at = row.to(tl.int64)[:, None] * n + column[None, :]
-    y = tl.load(scale + column, wide, other=0.0)[None, :] * total.to(tl.float32)
-    if has_shift:
-        y += tl.load(shift + column, wide, other=0.0)[None, :]
-    if has_offset:
-        sums = tl.load(row_sum + row, valid, other=0.0)
-        y += sums[:, None] * tl.load(offset + column, wide, other=0.0)[None, :]
+    y = rescaled(total, scale, shift, row_sum, offset, row, column, valid, wide, has_shift, has_offset)
     keep = valid[:, None] & wide[None, :]
     if has_source:
         y += beta * tl.load(source + at, keep, other=0.0).to(tl.float32)

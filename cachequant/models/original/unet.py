@@ -162,6 +162,7 @@ def ddpm_unet(options: Mapping[str, Any], resolution: int) -> Network:
     attended = [resolution // 2**level in resolutions for level in range(len(factors))]
 
     def build() -> nn.Module:
+        """The network as diffusers makes it, weights not yet loaded."""
         from diffusers import UNet2DModel
 
         return UNet2DModel(
