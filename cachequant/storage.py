@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cachequant.config import FORMATS
+from cachequant.config_values import FORMATS
 from cachequant.errors import UserError
 from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant, QuantState, WeightGrid
 

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.cli import guarded, stages_of
+from cachequant.cli import guarded
+from cachequant.cli_commands import stages_of
 from cachequant.errors import UserError
 from cachequant.evaluation.errors import relative_errors
 from cachequant.evaluation.plots import curve_figure, save_figure

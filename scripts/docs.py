@@ -22,7 +22,8 @@ import torch
 from cachequant import plan as plan_module
 from cachequant import storage
 from cachequant.cli import build_parser
-from cachequant.config import RunConfig, allowed_values, repository_folder
+from cachequant.config import RunConfig, repository_folder
+from cachequant.config_values import allowed_values
 from cachequant.plan import TENSOR_FILES, ModelIdentity, Plan
 from cachequant.types import (
     ActivationTable,

@@ -17,10 +17,9 @@ from cachequant.config import (
     config_to_dict,
     load_config,
     method_path,
-    parse_bits,
     repository_folder,
-    validate,
 )
+from cachequant.config_values import parse_bits, validate
 from cachequant.errors import UserError
 
 CONFIGS = repository_folder() / "configs"

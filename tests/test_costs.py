@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cachequant import config
+from cachequant import config_values
 from cachequant.costs import COSTS, Cost, band_for, rounding
 from cachequant.schedule import best_schedule, group_costs, schedule_cost, uniform_schedule
 from cachequant.types import Schedule
@@ -20,7 +20,7 @@ BITS = 3
 
 
 def test_the_configuration_offers_exactly_these_costs() -> None:
-    assert config._CHOICES["schedule.cost"] == tuple(COSTS)
+    assert config_values._CHOICES["schedule.cost"] == tuple(COSTS)
 
 
 def reference(cost: Cost, features: Tensor, weights: Tensor, steps: tuple[int, ...]) -> float:

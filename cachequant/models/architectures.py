@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachequant.config import FAMILIES
+from cachequant.config_values import FAMILIES
 from cachequant.errors import UserError
 
 DIT_XL2: dict[str, Any] = {

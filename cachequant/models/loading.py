@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachequant.config import FAMILIES, ModelConfig, SamplerConfig, repository_folder
+from cachequant.config import ModelConfig, SamplerConfig, repository_folder
+from cachequant.config_values import FAMILIES
 from cachequant.errors import UserError
 from cachequant.models.adapter import denoiser_of
 from cachequant.models.families import with_family_sampler

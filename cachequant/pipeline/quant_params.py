@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from cachequant.config import QuantConfig, parse_bits
+from cachequant.config import QuantConfig
+from cachequant.config_values import parse_bits
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.calibrate import Calibration

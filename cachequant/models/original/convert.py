@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cachequant.config import FAMILIES
+from cachequant.config_values import FAMILIES
 from cachequant.errors import UserError
 from cachequant.models.hub import quiet
 from cachequant.models.original.checkpoint import Checkpoint, read_checkpoint
