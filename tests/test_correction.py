@@ -1,21 +1,17 @@
-"""DEC against float64 least squares, normal equations and the original's numbers."""
+"""DEC against float64 least squares and normal equations."""
 
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cachequant.correction import Moments, fit_affine, fold_into_epilogue, solve_held_out, solve_prediction
-from cachequant.kernels.reference import Geometry, centred_integers, epilogue, product
+from cachequant.correction import Moments, fit_affine, fold_into_epilogue
+from cachequant.kernels.reference import Geometry, epilogue, product
 from cachequant.types import AffineMap, Correction
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -353,135 +349,7 @@ def test_the_folded_epilogue_is_the_correction_before_the_bias(with_bias: bool, 
     torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5)
 
 
-# Against the original
-
-
-@pytest.fixture
-def golden(golden_folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    folder = golden_folder / "method_dec"
-    return json.loads((folder / "case.json").read_text()), load_file(folder / "case.safetensors")
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Largest difference below `tolerance` of the largest value."""
-    assert float((found.double() - expected.double()).abs().max() / expected.double().abs().max()) < tolerance
-
-
-def alive(channels: int, dead: int | None) -> list[int]:
-    return [c for c in range(channels) if c != dead]
-
-
-def test_the_fit_is_the_exact_one(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
-    record, tensors = golden
-    for case in record["cases"]:
-        name = f"case{case['id']}"
-        fit = fit_affine(tensors[f"{name}_x"], tensors[f"{name}_y"])
-        live = alive(len(fit.scale), case["dead_channel"])
-        assert_close(fit.scale[live], tensors[f"{name}_a_exact"][live])
-        assert_close(fit.shift[live], tensors[f"{name}_b_exact"][live])
-        assert torch.isfinite(fit.scale).all() and torch.isfinite(fit.shift).all()
-        if case["dead_channel"] is not None:
-            assert float(fit.scale[case["dead_channel"]]) == 1.0
-
-
-def test_the_original_differs_by_its_two_normalisations(
-    golden: tuple[dict[str, Any], dict[str, Tensor]],
-) -> None:
-    """It divides a 1/n covariance by a 1/(n-1) variance: every scale shrinks by (n-1)/n."""
-    record, tensors = golden
-    for case in record["cases"]:
-        name, n = f"case{case['id']}", case["n_per_channel"]
-        x, y = tensors[f"{name}_x"], tensors[f"{name}_y"]
-        live = alive(x.shape[1], case["dead_channel"])
-        shrunken = fit_affine(x, y).scale * (n - 1) / n
-        assert_close(shrunken[live], tensors[f"{name}_a_original"][live])
-        mean = [t.double().transpose(0, 1).flatten(1).mean(1) for t in (x, y)]
-        assert_close((mean[1] - shrunken * mean[0])[live], tensors[f"{name}_b_original"][live])
-
-
-def source_step(pipeline: dict[str, Any], step: int) -> int:
-    return int(max(s for s in pipeline["S"] if s <= step))
-
-
-def test_both_stages_are_the_originals_up_to_its_normalisation_and_bias(
-    golden: tuple[dict[str, Any], dict[str, Tensor]],
-) -> None:
-    record, tensors = golden
-    for pipeline in record["pipelines"]:
-        features = tensors[f"pipe_{pipeline['model']}_features"]  # [T, B, C, H, W]
-        a1, b1 = (tensors[f"pipe_{pipeline['model']}_{k}"] for k in ("a1", "b1"))  # [T, C]
-        n = features[0].numel() // features.shape[2]
-        for step in range(pipeline["T"]):
-            reused, truth = features[source_step(pipeline, step)], features[step]
-            if step in pipeline["S"]:
-                assert torch.equal(a1[step], torch.ones_like(a1[step])) and not b1[step].any()
-                continue
-            shrunken = fit_affine(reused, truth).scale * (n - 1) / n
-            assert_close(shrunken, a1[step], 1e-5)
-            mean = [t.double().transpose(0, 1).flatten(1).mean(1) for t in (reused, truth)]
-            assert_close(mean[1] - shrunken * mean[0], b1[step], 1e-4)
-
-        layer = Split.of(pipeline, tensors)
-        for step in range(pipeline["T"]):
-            u = AffineMap(a1[step], b1[step]).apply(features[source_step(pipeline, step)])
-            if pipeline["layer"].startswith("conv3x3"):
-                affine = (layer.tensor("gn_weight")[: layer.width], layer.tensor("gn_bias")[: layer.width])
-                u = F.silu(F.group_norm(u, 16, *affine, 1e-5))
-            rounded, exact = layer.quantised(u, 0, step), layer.exact(u, 0)
-            shrunken = fit_affine(rounded, exact).scale * (n - 1) / n
-            assert_close(shrunken, layer.tensor("a2")[step], 1e-5)
-            # its regression saw the bias on both sides
-            bias = layer.tensor("bias")
-            mean = [t.double().transpose(0, 1).flatten(1).mean(1) + bias for t in (rounded, exact)]
-            assert_close(mean[1] - shrunken * mean[0], layer.tensor("b2")[step], 1e-3)
-
-
-def test_the_split_convolution_is_the_originals(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
-    record, tensors = golden
-    for pipeline in record["pipelines"]:
-        layer, step = Split.of(pipeline, tensors), pipeline["infer_time_index"]
-        x = layer.tensor("infer_input")
-        halves = x[:, : layer.width], x[:, layer.width :]
-        bias = layer.tensor("bias")[:, None, None]
-        exact = layer.exact(halves[0], 0) + layer.exact(halves[1], 1) + bias
-        assert_close(exact, layer.tensor("infer_fp"), 1e-5)
-        h, skip = (layer.quantised(half, i, step) for i, half in enumerate(halves))
-        assert_close(h + skip + bias, layer.tensor("infer_quant"), 1e-5)
-        fit = AffineMap(layer.tensor("a2")[step], layer.tensor("b2")[step])
-        assert_close(fit.apply(h) + skip + bias, layer.tensor("infer_quant_corrected"), 1e-5)
-
-
-class Split:
-    """A convolution of the golden data whose two input halves have their own grids."""
-
-    def __init__(self, tensors: dict[str, Tensor], prefix: str, width: int, bits: tuple[int, int]) -> None:
-        self._tensors, self._prefix, self.width, self._bits = tensors, prefix, width, bits
-        weight = self.tensor("weight")
-        self._geometry = Geometry(True, padding=(weight.shape[-1] // 2,) * 2)
-        self._halves = (weight[:, :width], weight[:, width:])
-
-    @staticmethod
-    def of(pipeline: dict[str, Any], tensors: dict[str, Tensor]) -> "Split":
-        bits = (pipeline["weight_bits"], pipeline["act_bits"])
-        return Split(tensors, pipeline["prefix"], pipeline["Ci"], bits)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[self._prefix + name]
-
-    def exact(self, x: Tensor, half: int) -> Tensor:
-        return product(x, self._halves[half], self._geometry)
-
-    def quantised(self, x: Tensor, half: int, step: int) -> Tensor:
-        """Integer product and epilogue of one half, with the original's grids."""
-        prefix = ("", "skip_")[half]
-        scale = float(self.tensor(f"{prefix}a_scale")[step])
-        zero = round(float(self.tensor(f"{prefix}a_zero")[step]))
-        weight_scale = self.tensor(f"{prefix}w_scale")
-        weight_zero = self.tensor(f"{prefix}w_zero").round()
-        levels = 2 ** self._bits[0] - 1
-        weight = ((self._halves[half] / weight_scale).round() + weight_zero).clamp(0, levels) - weight_zero
-        p = product(centred_integers(x, scale, zero, self._bits[1]), weight, self._geometry)
-        return epilogue(p, weight_scale.flatten() * scale, None, 1)
+# Inflation
 
 
 @pytest.mark.parametrize("features", [1, 2])
@@ -507,84 +375,6 @@ def test_inflation_leaves_a_constant_channel_alone() -> None:
     assert moments.solve(inflation=2.0).scale.item() == 1.0
 
 
-# The map of the prediction
-
-
-def prediction_sums(seed: int) -> tuple[Tensor, Tensor, Tensor, Moments]:
-    """x_t, an imperfect prediction, the exact one, and their sums."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise() -> Tensor:
-        return torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
-
-    x = 0.3 + 2 * noise()
-    exact = 0.1 + 0.8 * x + 0.5 * noise()
-    made = 0.7 * exact + 0.2 * x + 0.3 * noise() - 0.2
-    sums = Moments()
-    sums.update((made, x), exact)
-    return x, made, exact, sums
-
-
-def rows(t: Tensor) -> Tensor:
-    """[B, C, H, W] -> [C, n]."""
-    return t.transpose(0, 1).flatten(1)
-
-
-@settings(max_examples=20, deadline=None)
-@given(SEEDS, st.floats(0.8, 1.4))
-def test_a_prediction_is_given_the_spread_that_was_asked_for(seed: int, factor: float) -> None:
-    x, made, _, sums = prediction_sums(seed)
-    p, q = 1.0, -0.9
-    plain = solve_prediction(sums, 0.0)
-    now = rows(p * x + q * plain.apply(made, x)).std(1, correction=0)
-    mapped = solve_prediction(sums, 0.0, (p, q), factor * now).apply(made, x)
-    least = rows(p * x + q * _explained(x, plain.apply(made, x))).std(1, correction=0)  # what x_t alone gives
-    own = now**2 - least**2
-    wanted = (factor * now).clamp((least**2 + own / 4).sqrt(), (least**2 + 4 * own).sqrt())  # k is in [1/2, 2]
-    torch.testing.assert_close(rows(p * x + q * mapped).std(1, correction=0), wanted, rtol=1e-5, atol=1e-6)
-
-
-def _explained(x: Tensor, y: Tensor) -> Tensor:
-    """E[y | x] per channel, linear."""
-    slope = fit_affine(x, y)
-    return slope.apply(x)
-
-
-@settings(max_examples=20, deadline=None)
-@given(SEEDS)
-def test_a_spread_changes_neither_the_mean_nor_what_x_explains(seed: int) -> None:
-    x, made, exact, sums = prediction_sums(seed)
-    mapped = solve_prediction(sums, 0.0, (1.0, -0.9), torch.full((3,), 1.1)).apply(made, x)
-    torch.testing.assert_close(rows(mapped).mean(1), rows(exact).mean(1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(_explained(x, mapped), _explained(x, exact), rtol=1e-4, atol=1e-4)
-
-
-def test_without_a_spread_the_prediction_is_fitted_by_least_squares() -> None:
-    x, made, exact, sums = prediction_sums(0)
-    fit = solve_prediction(sums, 0.0)
-    for c in range(3):
-        design = torch.stack([made[:, c].flatten(), x[:, c].flatten(), torch.ones(6 * 64, dtype=torch.float64)], dim=1)
-        expected = torch.linalg.lstsq(design, exact[:, c].flatten()[:, None]).solution[:, 0]
-        assert fit.previous is not None
-        found = torch.stack([fit.scale[c], fit.previous[c], fit.shift[c]]).double()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_an_exact_prediction_stays_as_it_is_bit_by_bit() -> None:
-    x, _, exact, _ = prediction_sums(1)
-    sums = Moments()
-    sums.update((exact, x), exact)
-    assert torch.equal(solve_prediction(sums, 1e-4).apply(exact, x), exact)
-
-
-def test_a_constant_prediction_is_not_divided_by_zero() -> None:
-    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    sums = Moments()
-    sums.update((torch.ones_like(x), x), torch.zeros_like(x))
-    fit = solve_prediction(sums, 0.0, (1.0, -1.0), torch.ones(1))
-    assert all(torch.isfinite(t).all() for t in (fit.scale, fit.shift, fit.previous) if t is not None)
-
-
 @pytest.mark.parametrize("shape", [(7, 5, 3, 4), (6, 8, 5), (40, 5), (5, 9)])
 def test_sums_taken_piece_by_piece_are_the_sums(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     channel_dim = shape.index(5)
@@ -595,53 +385,3 @@ def test_sums_taken_piece_by_piece_are_the_sums(shape: tuple[int, ...], monkeypa
     pieces.update((x,), y, channel_dim - len(shape))
     assert whole.gram is not None and pieces.gram is not None
     torch.testing.assert_close(pieces.gram, whole.gram, rtol=1e-12, atol=1e-12)
-
-
-def halves_of(x: Tensor, y: Tensor) -> tuple[Moments, Moments]:
-    made = (Moments(), Moments())
-    for half, moments in enumerate(made):
-        moments.update((x[half::2],), y[half::2])
-    return made
-
-
-def test_held_out_shrinkage_is_the_factor_with_the_least_held_out_error() -> None:
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 4, 5, generator=random).double()
-    y = x + torch.tensor([0.0, 0.05, 0.3, 2.0]).view(1, 4, 1) * (x + 1) + torch.randn(6, 4, 5, generator=random)
-    halves = halves_of(x, y)
-    found, fits = solve_held_out(halves), [half.solve() for half in halves]
-
-    def held_out_error(factor: float) -> Tensor:
-        total = torch.zeros(4)
-        for fit, unseen in zip(fits, (slice(1, None, 2), slice(0, None, 2)), strict=True):
-            change = fit.apply(x[unseen]) - x[unseen]
-            total = total + (x[unseen] + factor * change - y[unseen]).square().sum((0, 2))
-        return total
-
-    grid = torch.linspace(0, 1, 1001)
-    best = grid[torch.stack([held_out_error(float(f)) for f in grid]).argmin(0)]
-    whole = fit_affine(x, y)
-    torch.testing.assert_close(found.scale, 1 + best * (whole.scale - 1), rtol=0, atol=2e-3)
-    torch.testing.assert_close(found.shift, best * whole.shift, rtol=0, atol=2e-3)
-    assert best[0] < 0.5 and best[3] > 0.9
-
-
-def test_what_the_other_half_contradicts_is_left_alone() -> None:
-    x = torch.randn(8, 2, 50, generator=torch.Generator().manual_seed(1)).double()
-    y = x.clone()
-    y[0::2] += 1.0
-    y[1::2] -= 1.0
-    found = solve_held_out(halves_of(x, y))
-    assert torch.equal(found.scale, torch.ones(2)) and torch.equal(found.shift, torch.zeros(2))
-
-
-def test_equal_halves_confirm_everything_and_a_single_sample_nothing() -> None:
-    random = torch.Generator().manual_seed(2)
-    x, noise = torch.randn(2, 3, 2, 30, generator=random).double()
-    y = 1.5 * x + 0.2 * noise + 0.5
-    doubled = halves_of(x.repeat_interleave(2, dim=0), y.repeat_interleave(2, dim=0))
-    torch.testing.assert_close(solve_held_out(doubled).scale, fit_affine(x, y).scale)
-    alone = solve_held_out(halves_of(x[:1], y[:1]))
-    assert torch.equal(alone.scale, torch.ones(2))
-    with pytest.raises(ValueError, match="no pairs"):
-        solve_held_out((Moments(), Moments()))
