@@ -19,7 +19,7 @@ from cachequant.models.loading import identify
 from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import deployed_step
-from cachequant.pipeline.hook import Call, DenoiserHook
+from cachequant.pipeline.hook import Call, DenoiserHook, StepFunction
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.step import cache_of
 from cachequant.plan import Plan
@@ -77,13 +77,12 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
     plan.identity.refuse_other(identify(pipe, plan.config.sampler.guidance_scale))
     structure = adapter(pipe, plan.config.cache.branch, plan.config.cache.span)
     cache = cache_of(plan, structure)
-    network = _install(structure, plan, cache, chosen)
+    network, step = _install(structure, plan, cache, chosen)
 
     def check(call: Call) -> None:
         _check_guidance(pipe, plan, structure, call)
 
     try:
-        step = deployed_step(structure, cache, plan.correction, network)
         hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
         hook.install()
     except BaseException:
@@ -139,7 +138,7 @@ def bypass(pipe: Any) -> Iterator[Any]:
     finally:
         if find(pipe) is not None:
             raise UserError("a plan was enabled inside cachequant.bypass, expected none: enable it outside")
-        state.network = _install(state.adapter, state.plan, state.cache, state.backend)
+        state.network, state.hook.step = _install(state.adapter, state.plan, state.cache, state.backend)
         state.hook.install()
         object.__setattr__(state.adapter.denoiser, "_cachequant", state)
 
@@ -177,13 +176,17 @@ def _require(pipe: Any) -> Acceleration:
 
 def _install(
     structure: Adapter, plan: Plan, cache: FeatureCache, backend: Backend
-) -> QuantizedNetwork | Deployment | None:
-    """Swap the plan's layers in; all are checked before the first is touched."""
-    if plan.quant is None:
-        return None
-    network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())
-    structure.rebuild()
-    return network
+) -> tuple[QuantizedNetwork | Deployment | None, StepFunction]:
+    """Swap the plan's layers in, all checked before the first is touched; the step that runs them, and no others."""
+    network = None
+    if plan.quant is not None:
+        network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())
+        structure.rebuild()
+    try:
+        return network, deployed_step(structure, cache, plan.correction, network)
+    except BaseException:
+        _uninstall(structure, network)
+        raise
 
 
 def _uninstall(structure: Adapter, network: QuantizedNetwork | Deployment | None) -> None:

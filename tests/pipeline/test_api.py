@@ -13,8 +13,10 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
 import cachequant as cq
+from cachequant.api import find
 from cachequant.config import RunConfig
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.plan import Plan
 from cachequant.schedule import uniform_schedule
 from cachequant.types import AffineMap
@@ -57,6 +59,27 @@ def test_disable_and_bypass_restore_bit_exactly(
     assert torch.equal(images(), reference)
     assert module_ids(pipe) == modules
     assert "forward" not in vars(pipe.unet) and "set_timesteps" not in vars(pipe.scheduler)
+
+
+def test_a_step_knows_the_layers_that_are_in_place(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step captured as a graph reads its layers' memory: it must not outlive them."""
+    made: dict[Any, Any] = {}
+
+    def deployed(adapter: Any, cache: Any, correction: Any, network: Any) -> Any:
+        step = deployed_step(adapter, cache, correction, network)
+        made[step] = network
+        return step
+
+    monkeypatch.setattr("cachequant.api.deployed_step", deployed)
+    cq.enable(pipe, cq.calibrate(pipe, configure(), tmp_path, quiet=True))
+    state = find(pipe)
+    assert state is not None and made[state.hook.step] is state.network
+    before = state.network
+    with cq.bypass(pipe):
+        pass
+    assert state.network is not before and made[state.hook.step] is state.network
 
 
 def test_nothing_leaks_between_calls_of_other_batch_sizes(pipe: Any, configure: Configure, images: Images) -> None:
