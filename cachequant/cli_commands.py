@@ -64,6 +64,11 @@ def run(args: argparse.Namespace) -> None:
 
     config = _config_of(args.config, args.set, args.device)
     trainer = make_trainer(config.device, args.devices, args.nodes)
+    if trainer.world_size > 1 and (config.cache.budget_ms is not None or config.cache.speedup is not None):
+        raise UserError(
+            f"a time budget with {trainer.world_size} workers, whose clocks differ, expected one: calibrate a plan first "
+            "and sample it with --devices, or set cache.refreshes"
+        )
     pipe, first = load_pipeline(config.model, str(trainer.strategy.root_device)), trainer.is_global_zero
     stages = Stages.at(Context.of(pipe, config), args.out, quiet=not first)
     stages.context.generator(sampling=True)  # a prompt list that cannot be had is told now, not behind the calibration

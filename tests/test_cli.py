@@ -48,6 +48,7 @@ def test_help_of_every_command_fits_a_screen(capsys: pytest.CaptureFixture[str])
         (["run", CONFIG, "--set", "sampler.steps=2000"], "expected at most 1000"),
         (["run", CONFIG, "--set", "model.path=nowhere/at/all"], "no pipeline nowhere/at/all"),
         (["run", CONFIG, "--device", "cuda:77"], "device is 'cuda:77'"),
+        (["run", CONFIG, "--set", "cache.speedup=3", "--devices", "2"], "a time budget with 2 workers"),
         (["inspect", "absent"], "no plan in absent"),
         (["sample", "absent", "out"], "no plan in absent"),
     ],

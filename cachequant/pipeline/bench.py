@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call, StepFunction
+from cachequant.pipeline.machine import processor_name
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.pipeline.timing_plan import timing_plan
@@ -231,16 +231,7 @@ def _facts(context: Context, plan: Plan, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "backend": f"{backend.name}: {backend.note}",
         "plan": "activation grids of one evaluation, corrections that change nothing: the times of a calibrated plan",
-        "machine": f"{_processor()}, {platform.machine()}, {platform.system()}",
+        "machine": f"{processor_name()}, {platform.machine()}, {platform.system()}",
         "threads": torch.get_num_threads(),
         "versions": {"cachequant": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def _processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -10,6 +10,7 @@ import torch
 from cachequant.budget import Allowance, refreshes_within
 from cachequant.config import CacheConfig
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.machine import machine_name
 from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.step_times import StepTimes, measure_step_times
 from cachequant.pipeline.store import StageStore
@@ -19,7 +20,7 @@ from cachequant.storage import load_json, save_json
 def within_budget(context: Context, store: StageStore) -> tuple[Context, Allowance | None]:
     """The context with `cache.refreshes` and `cache.interval` = ceil(T / refreshes) in place of a budget.
 
-    Step times are measured once for a run folder, device, backend and batch, and kept as part of stage 1. The number of
+    Step times are measured once for a run folder, machine, backend and batch, and kept as part of stage 1. The number of
     refreshes is exact where each adds the same time; else it is the number that fits wherever they are, and the allowance,
     None without a budget, tells the schedule how to use the rest.
 
@@ -42,8 +43,8 @@ def within_budget(context: Context, store: StageStore) -> tuple[Context, Allowan
 def step_times(context: Context, store: StageStore) -> StepTimes:
     """Measured times of this configuration's steps on this machine."""
     config = context.config
-    untouched = config.cache.speedup is not None
-    same = CacheConfig(branch=config.cache.branch, span=config.cache.span)  # what a step costs depends on nothing else
+    cache, untouched = config.cache, config.cache.speedup is not None  # a step's cost depends on nothing else of it
+    same = CacheConfig(branch=cache.branch, span=cache.span, feature_bits=cache.feature_bits)
     inputs = {
         "identity": asdict(context.identity),
         "timesteps": list(context.timesteps),
@@ -52,7 +53,7 @@ def step_times(context: Context, store: StageStore) -> StepTimes:
         "correction": asdict(config.correction),
         "quant": asdict(config.quant),
         "batch": config.sample.batch_size,
-        "device": f"{context.pipe.device}, {torch.get_num_threads()} threads",
+        "machine": f"{machine_name(context.pipe.device)}, {torch.get_num_threads()} threads",
         "backend": backend_of(context).name,
         "untouched": untouched,
     }

@@ -85,6 +85,19 @@ def test_times_are_measured_once_for_a_run_folder(
     assert next(calls) == 1
 
 
+def test_times_belong_to_the_format_of_the_feature_and_to_the_machine(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    monkeypatch.setattr(module, "measure_step_times", lambda *_: (next(calls), EQUAL)[1])
+    Stages.at(Context.of(pipe, configure("cache.budget_ms=12")), tmp_path, quiet=True)
+    Stages.at(Context.of(pipe, configure("cache.budget_ms=12", "cache.feature_bits=8")), tmp_path, quiet=True)
+    assert next(calls) == 2
+    monkeypatch.setattr(module, "machine_name", lambda _: "another card")
+    Stages.at(Context.of(pipe, configure("cache.budget_ms=12")), tmp_path, quiet=True)
+    assert next(calls) == 4
+
+
 def test_steps_of_two_prices_are_scheduled_within_the_budget(
     pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
