@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.kernels.cuda import ops
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import Call, StepFunction
-from cachequant.pipeline.step import accelerated_step, correct_prediction, refuse_other_width
+from cachequant.pipeline.step import accelerated_step, refuse_more_channels, refuse_other_width
 from cachequant.quant.context import ContextOperands
 from cachequant.quant.step_tables import StepTables
 from cachequant.types import AffineMap, Correction
@@ -80,8 +81,9 @@ class CorrectedAdapter:
 
     def __init__(self, adapter: Adapter, correction: Correction, cache: FeatureCache, step: Tensor) -> None:
         self.adapter, self.step = adapter, step
-        self._features = MapTable(correction.cache, cache.schedule.num_steps)
-        self._outputs = MapTable(correction.output, cache.schedule.num_steps)
+        steps = cache.schedule.num_steps
+        self._features = MapTable.of(correction.cache, steps, step.device)
+        self._outputs = MapTable.of(correction.output, steps, step.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.adapter, name)
@@ -89,7 +91,7 @@ class CorrectedAdapter:
     def full(self, x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(corrected output [B, C, H, W], raw feature)."""
         output, feature = self.adapter.full(x, timestep, cond, **kwargs)
-        return correct_prediction(output, x, self._outputs.at(self.step, x)), feature
+        return self._predicted(output, x), feature
 
     def cached(
         self,
@@ -102,37 +104,51 @@ class CorrectedAdapter:
         **kwargs: Any,
     ) -> Tensor:
         """Corrected output [B, C, H, W] from the raw feature, and the one of the refresh before where maps read it."""
-        affine = self._features.at(self.step, cached_feature) if correction is None else correction
-        if affine is not None:
-            cached_feature = affine.apply(cached_feature, before, self.adapter.channel_dim)
-        output = self.adapter.cached(x, timestep, cond, cached_feature, None, **kwargs)
-        return correct_prediction(output, x, self._outputs.at(self.step, x))
+        if correction is not None:
+            cached_feature = correction.apply(cached_feature, before, self.adapter.channel_dim)
+        elif self._features is not None:
+            cached_feature = self._features.apply(cached_feature, before, self.step, self.adapter.channel_dim)
+        return self._predicted(self.adapter.cached(x, timestep, cond, cached_feature, None, **kwargs), x)
+
+    def _predicted(self, output: Tensor, x: Tensor) -> Tensor:
+        """`cachequant.pipeline.step.correct_prediction` by the step's map."""
+        if self._outputs is None:
+            return output
+        refuse_more_channels(self._outputs.width, output, x)
+        return self._outputs.apply(output, x, self.step, 1)
 
 
 class MapTable:
-    """Maps of the same channels, one row per step, with the map that changes nothing where there is none."""
+    """Maps of the same channels, one row per step, with the map that changes nothing where there is none.
 
-    def __init__(self, maps: dict[int, AffineMap], num_steps: int) -> None:
-        self._moved: dict[tuple[torch.device, torch.dtype], AffineMap] = {}
-        if not maps:
-            self._rows: AffineMap | None = None
-            return
-        channels = len(next(iter(maps.values())).scale)
-        scale, shift, previous = torch.ones(num_steps, channels), *torch.zeros(2, num_steps, channels)
+    Args:
+        maps: step -> map, at least one.
+        num_steps: T.
+        device: where the step is known.
+    """
+
+    def __init__(self, maps: dict[int, AffineMap], num_steps: int, device: torch.device) -> None:
+        self.width = len(next(iter(maps.values())).scale)
+        self._reads = any(affine.previous is not None for affine in maps.values())
+        rows = torch.zeros(num_steps, 3, self.width)
+        rows[:, 0] = 1.0
         for step, affine in maps.items():
-            scale[step], shift[step] = affine.scale, affine.shift
+            rows[step, 0], rows[step, 1] = affine.scale, affine.shift
             if affine.previous is not None:
-                previous[step] = affine.previous
-        reads = any(affine.previous is not None for affine in maps.values())
-        self._rows = AffineMap(scale, shift, previous if reads else None)  # [T, C] each
+                rows[step, 2] = affine.previous
+        self._rows = rows.to(device)  # [T, 3, C]
 
-    def at(self, step: Tensor, like: Tensor) -> AffineMap | None:
-        """The map of the step [1] that the device knows, in the precision of `like`; None if there are no maps at all."""
-        if self._rows is None:
-            return None
-        key = like.device, like.dtype
-        if key not in self._moved:
-            self._moved[key] = self._rows.to(*key)
-        rows = self._moved[key]
-        previous = None if rows.previous is None else rows.previous.index_select(0, step)[0]
-        return AffineMap(rows.scale.index_select(0, step)[0], rows.shift.index_select(0, step)[0], previous)
+    @staticmethod
+    def of(maps: dict[int, AffineMap], num_steps: int, device: torch.device) -> MapTable | None:
+        """The table, or None without any map."""
+        return MapTable(maps, num_steps, device) if maps else None
+
+    def apply(self, x: Tensor, other: Tensor | None, step: Tensor, channel_dim: int) -> Tensor:
+        """`x` mapped at the step [1] that the device knows; channels beyond the maps' stay. `other` is the second regressor.
+
+        Raises:
+            ValueError: a map has a second regressor and `other` is missing.
+        """
+        if self._reads and other is None:
+            raise ValueError("these maps read two tensors, but the second is None")
+        return ops.map_channels(x, other if self._reads else None, self._rows, step, channel_dim)

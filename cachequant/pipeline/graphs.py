@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class Inputs:
     """
 
     def __init__(self, like: dict[str, Tensor], device: torch.device) -> None:
-        self.fixed = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
+        with torch.inference_mode(False):  # the graph outlives the caller's mode
+            self.fixed = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
         self._loaded: dict[str, tuple[Tensor, int]] = {}
 
     def load(self, tensors: dict[str, Tensor], anew: bool) -> None:
@@ -79,6 +81,37 @@ class Inputs:
             if known is not tensor or version != then or version == -1:
                 self.fixed[name].copy_(tensor, non_blocking=True)
                 self._loaded[name] = tensor, version
+
+
+def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Hashable:
+    """Put the tensors of an argument, also those in lists, tuples and dictionaries, into `tensors`; the rest as a key."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return tuple((str(key), take_apart(part, f"{name}.{key}", tensors)) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return type(value).__name__, *(take_apart(part, f"{name}.{i}", tensors) for i, part in enumerate(value))
+    return repr(value)
+
+
+def put_together(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """An argument as it was, with the tensors of `tensors` in place of its own."""
+    if isinstance(value, Tensor):
+        return tensors[name]
+    if isinstance(value, dict):
+        return {key: put_together(part, f"{name}.{key}", tensors) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(put_together(part, f"{name}.{i}", tensors) for i, part in enumerate(value))
+    return value
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph and the inputs that it reads."""
+
+    inputs: Inputs
+    replay: Replay
 
 
 class GraphedAdapter:
@@ -106,7 +139,8 @@ class GraphedAdapter:
         context: ContextOperands | None = None,
     ) -> None:
         self.adapter, self.cache, self.tables, self.record, self.context = adapter, cache, tables, record, context
-        self._graphs: dict[Any, tuple[Inputs, Replay]] = {}
+        self._graphs: dict[Hashable, Captured] = {}
+        self._recent: dict[str, tuple[dict[str, Any], Captured]] = {}  # kind -> arguments of the last call, its graph
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.adapter, name)
@@ -126,29 +160,56 @@ class GraphedAdapter:
         **kwargs: Any,
     ) -> Tensor:
         """`Adapter.cached`, replayed; the correction is applied before."""
-        feature = cached_feature if correction is None else correction.apply(cached_feature)
-        arguments = {"x": x, "timestep": timestep, "cond": cond, "cached_feature": feature, **kwargs}
+        if correction is not None:
+            cached_feature = correction.apply(cached_feature, channel_dim=self.adapter.channel_dim)
+        arguments = {"x": x, "timestep": timestep, "cond": cond, "cached_feature": cached_feature, **kwargs}
         (output,) = self._step("cached", arguments)
         return output.clone()
 
     def _step(self, kind: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         """Fill the fixed inputs, select the step, replay."""
-        device = arguments["x"].device
+        x = arguments["x"]
         prompt = arguments.get("encoder_hidden_states")
         if self.context is not None and isinstance(prompt, Tensor):
-            self.context.update(prompt.to(arguments["x"]) if prompt.dtype != arguments["x"].dtype else prompt)
+            self.context.update(prompt.to(x) if prompt.dtype != x.dtype else prompt)
         if not isinstance(arguments["timestep"], Tensor):
             arguments["timestep"] = torch.as_tensor(arguments["timestep"])
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        others = {name: value for name, value in arguments.items() if name not in tensors}
-        key = (kind, tuple((n, tuple(t.shape), t.dtype) for n, t in tensors.items()), repr(sorted(others.items())))
+        found = self._as_before(kind, arguments)
+        if found is None:
+            tensors: dict[str, Tensor] = {}
+            captured = self._captured(kind, arguments, tensors)
+            flat = all(_is_plain(value) for value in arguments.values())
+            if flat:
+                self._recent[kind] = arguments, captured
+        else:
+            captured, tensors = found
+        self._load(captured.inputs, tensors)
+        return captured.replay()
+
+    def _as_before(self, kind: str, arguments: dict[str, Any]) -> tuple[Captured, dict[str, Tensor]] | None:
+        """The graph of the last call, where only the contents of tensors differ: no key is made of the arguments then."""
+        before, captured = self._recent.get(kind, ({}, None))
+        if captured is None or before.keys() != arguments.keys():
+            return None
+        for name, value in arguments.items():
+            old = before[name]
+            if value is old:
+                continue
+            if not (isinstance(value, Tensor) and isinstance(old, Tensor)):
+                return None
+            if value.shape != old.shape or value.dtype != old.dtype:
+                return None
+        return captured, {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+    def _captured(self, kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> Captured:
+        """The graph for arguments of these kinds and shapes, captured where there is none; their tensors go into `tensors`."""
+        key = (kind, tuple((name, take_apart(value, name, tensors)) for name, value in arguments.items()))
         if key not in self._graphs:
-            inputs = Inputs(tensors, device)
+            inputs = Inputs(tensors, arguments["x"].device)
             self._load(inputs, tensors)
-            self._graphs[key] = (inputs, self.record(lambda: self._body(kind, {**others, **inputs.fixed})))
-        inputs, replay = self._graphs[key]
-        self._load(inputs, tensors)
-        return replay()
+            fixed = {name: put_together(value, name, inputs.fixed) for name, value in arguments.items()}
+            self._graphs[key] = Captured(inputs, self.record(lambda: self._body(kind, fixed)))
+        return self._graphs[key]
 
     def _load(self, inputs: Inputs, tensors: dict[str, Tensor]) -> None:
         inputs.load(tensors, anew=not self.cache.features)
@@ -164,3 +225,8 @@ class GraphedAdapter:
             if kind == "full":
                 return self.adapter.full(**arguments)
             return (self.adapter.cached(**arguments),)
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor, or something that cannot change in place."""
+    return value is None or isinstance(value, Tensor | bool | int | float | str)

@@ -72,11 +72,21 @@ def correct_prediction(output: Tensor, x: Tensor, affine: AffineMap | None) -> T
     """
     if affine is None:
         return output
-    shared, most = len(affine.scale), min(output.shape[1], x.shape[1])
-    if shared > most:
-        raise UserError(f"the plan corrects {shared} predicted channels, this model has {most}: calibrate for it")
+    shared = len(affine.scale)
+    refuse_more_channels(shared, output, x)
     head = affine.apply(output[:, :shared], x[:, :shared])  # [B, min(C, C'), H, W]
     return head if shared == output.shape[1] else torch.cat([head, output[:, shared:]], dim=1)
+
+
+def refuse_more_channels(shared: int, output: Tensor, x: Tensor) -> None:
+    """Refuse maps of a prediction [B, C, H, W] that reach beyond it or beyond the sample x [B, C', H, W].
+
+    Raises:
+        UserError: they do.
+    """
+    most = min(output.shape[1], x.shape[1])
+    if shared > most:
+        raise UserError(f"the plan corrects {shared} predicted channels, this model has {most}: calibrate for it")
 
 
 class _OnDevice:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachequant.kernels.cuda import ops
 from cachequant.quant.observer import StepQuantizer
 from cachequant.types import ActivationTable, AffineMap
 
@@ -94,35 +95,35 @@ class StepTables:
         self._freeze_columns()
         self._freeze_corrections()
         self.grids = self._grids[0].clone()  # [G, 4]
-        self.scale, self.shift, self.offset = (torch.zeros_like(self._factor) for _ in range(3))  # [C]
+        self.scale, self.shift, self.offset = torch.zeros(3, self._width, device=self.device)  # [C] each
 
     def _freeze_columns(self) -> None:
-        self._owner = torch.zeros(self._width, dtype=torch.int64, device=self.device)
-        self._factor, self._base, self._sums, self._offset = torch.zeros(4, self._width, device=self.device)
+        owner = torch.zeros(self._width, dtype=torch.int32)
+        factor, base, total, fixed = torch.zeros(4, self._width)
         for made, grid, scale, bias, sums, offset in self._columns:
             at = slice(made.start, made.start + made.size)
-            self._owner[at], self._factor[at], self._sums[at] = grid, scale, sums
+            owner[at], factor[at], total[at] = grid, scale, sums
             if bias is not None:
-                self._base[at] = bias
+                base[at] = bias
             if offset is not None:
-                self._offset[at] = offset
+                fixed[at] = offset
+        self._fixed = [column.to(self.device) for column in (owner, factor, base, total, fixed)]  # [C] each
         self._columns.clear()
 
     def _freeze_corrections(self) -> None:
-        self._where: Tensor | None = None
+        self._maps: list[Tensor] = []
         if not self._corrections:
             return
         width = sum(made.size for made, _ in self._corrections)
         gain, lift = torch.ones(self.num_steps, width), torch.zeros(self.num_steps, width)
-        places, begin = [], 0
+        place, begin = torch.full((self._width,), -1, dtype=torch.int32), 0
         for made, maps in self._corrections:
-            places.append(torch.arange(made.start, made.start + made.size))
+            place[made.start : made.start + made.size] = torch.arange(begin, begin + made.size, dtype=torch.int32)
             for step, affine in maps.items():
                 gain[step, begin : begin + made.size] = affine.scale.cpu()
                 lift[step, begin : begin + made.size] = affine.shift.cpu()
             begin += made.size
-        self._where = torch.cat(places).to(self.device)  # [C']
-        self._gain, self._lift = gain.to(self.device), lift.to(self.device)  # [T, C']
+        self._maps = [place.to(self.device), gain.to(self.device), lift.to(self.device)]  # [C], [T, C'] twice
         self._corrections.clear()
 
     def ensure(self, step: int) -> None:
@@ -133,20 +134,13 @@ class StepTables:
             self.loaded = step
 
     def load(self) -> None:
-        """Compute the rows of the step in `self.step`, on the device: the first thing in a captured step.
+        """Compute the rows of the step in `self.step`, on the device and in one launch: the first thing in a captured step.
 
         scale = s·s_w·a₂,  shift = bias + b₂ - scale·zero·(Σ w + o·n),  offset = scale·o.
         """
-        self.grids.copy_(self._grids.index_select(0, self.step)[0])
-        found = self._inputs.index_select(0, self.step)[0].index_select(0, self._owner)  # [C, 2]
-        torch.mul(self._factor, found[:, 0], out=self.scale)
-        if self._where is not None:
-            gain = self._gain.index_select(0, self.step)[0]
-            self.scale.index_copy_(0, self._where, self.scale.index_select(0, self._where) * gain)
-        torch.addcmul(self._base, self.scale, found[:, 1] * self._sums, value=-1, out=self.shift)
-        if self._where is not None:
-            self.shift.index_add_(0, self._where, self._lift.index_select(0, self.step)[0])
-        torch.mul(self.scale, self._offset, out=self.offset)
+        ops.load_step(
+            self.step, self._grids, self._inputs, self._fixed, self._maps, self.grids, self.scale, self.shift, self.offset
+        )
 
     def of(self, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, shift, offset) of one product at the current step, each [N]: views that stay valid."""

@@ -128,11 +128,17 @@ def test_inputs_are_copied_when_they_are_others_or_were_written_to() -> None:
 
 def test_steps_without_a_map_change_nothing() -> None:
     given = affine(4, True)
-    table, like = MapTable({2: given}, 5), torch.zeros(1)
+    table = MapTable.of({2: given}, 5, CPU)
+    assert table is not None and MapTable.of({}, 5, CPU) is None
+    x, other = torch.randn(2, 4, 3, 5), torch.randn(2, 6, 3, 5)
     for step in range(5):
-        found = table.at(torch.tensor([step]), like)
-        wanted = given if step == 2 else AffineMap(torch.ones(4), torch.zeros(4), torch.zeros(4))
-        assert found is not None and found.previous is not None and wanted.previous is not None
-        assert torch.equal(found.scale, wanted.scale) and torch.equal(found.shift, wanted.shift)
-        assert torch.equal(found.previous, wanted.previous)
-    assert MapTable({}, 5).at(torch.tensor([0]), like) is None
+        found = table.apply(x, other, torch.tensor([step]), 1)
+        wanted = given.apply(x, other[:, :4]) if step == 2 else x
+        assert torch.equal(found, wanted)
+
+
+def test_maps_of_two_tensors_need_the_second() -> None:
+    table = MapTable.of({0: affine(4, True)}, 5, CPU)
+    assert table is not None
+    with pytest.raises(ValueError, match="second"):
+        table.apply(torch.randn(2, 4, 3, 5), None, torch.tensor([0]), 1)

@@ -295,3 +295,51 @@ def _(x, window, stride):  # type: ignore[no-untyped-def]
 def _(x, window, stride):  # type: ignore[no-untyped-def]
     rows, columns = (x.shape[1] - window[0]) // stride[0] + 1, (x.shape[2] - window[1]) // stride[1] + 1
     return x.new_empty(x.shape[0], rows, columns, dtype=torch.float32)
+
+
+@custom_op("cachequant::load_step", mutates_args=("rows", "scale", "shift", "offset"))
+def load_step(
+    step: Tensor,
+    grids: Tensor,
+    inputs: Tensor,
+    columns: list[Tensor],
+    maps: list[Tensor],
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    offset: Tensor,
+) -> None:
+    """See `cachequant.kernels.cuda.reference.load_step`."""
+    reference.load_step(step, grids, inputs, columns, maps, rows, scale, shift, offset)
+
+
+@load_step.register_kernel("cuda")
+def _(step, grids, inputs, columns, maps, rows, scale, shift, offset):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_steps
+
+    _contiguous(grids, inputs, *columns, *maps, rows, scale, shift, offset)
+    triton_steps.load_step(step, grids, inputs, list(columns), list(maps), rows, scale, shift, offset)
+
+
+@load_step.register_fake
+def _(step, grids, inputs, columns, maps, rows, scale, shift, offset):  # type: ignore[no-untyped-def]
+    return None
+
+
+@custom_op("cachequant::map_channels", mutates_args=())
+def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.map_channels`."""
+    return reference.map_channels(x, other, maps, step, channel_dim)
+
+
+@map_channels.register_kernel("cuda")
+def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_steps
+
+    _contiguous(maps)
+    return triton_steps.map_channels(x, other, maps, step, channel_dim)
+
+
+@map_channels.register_fake
+def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)

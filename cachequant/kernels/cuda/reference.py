@@ -188,3 +188,59 @@ def activated(
     """
     hidden = epilogue(accumulate_linear(x, weight), scale, shift, None, 0.0, row_sum, offset, torch.float32)
     return geglu(hidden, grid) if kind == "geglu" else gelu(hidden, grid, kind == "gelu_tanh")
+
+
+def load_step(
+    step: Tensor,
+    grids: Tensor,
+    inputs: Tensor,
+    columns: list[Tensor],
+    maps: list[Tensor],
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    offset: Tensor,
+) -> None:
+    """The rows of one step of all layers, into `rows`, `scale`, `shift` and `offset`.
+
+    scale = s_w·s·a₂,  shift = bias + b₂ - scale·zero·sums,  offset = scale·o.
+
+    Args:
+        step: [1] int64.
+        grids: [T, G, 4], copied to `rows` [G, 4].
+        inputs: [T, G, 2], scale s and zero of every grid.
+        columns: owner (the grid of each column), s_w, bias, sums and o: [C] each.
+        maps: none, or place (a column's column in the two others, -1 without one) [C], a₂ and b₂ [T, C'].
+        rows, scale, shift, offset: results, [G, 4] and [C].
+    """
+    owner, factor, base, sums, fixed = columns
+    rows.copy_(grids.index_select(0, step)[0])
+    found = inputs.index_select(0, step)[0].index_select(0, owner)  # [C, 2]
+    torch.mul(factor, found[:, 0], out=scale)
+    if maps:
+        place, gain, lift = maps
+        mapped, column = place >= 0, place.clamp(min=0)
+        scale.mul_(torch.where(mapped, gain.index_select(0, step)[0].index_select(0, column), 1.0))
+        base = base + torch.where(mapped, lift.index_select(0, step)[0].index_select(0, column), 0.0)
+    torch.addcmul(base, scale, found[:, 1] * sums, value=-1, out=shift)
+    torch.mul(scale, fixed, out=offset)
+
+
+def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
+    """y = scale·x + shift (+ previous·other) on the first C' channels, x on the others: of the shape and type of x.
+
+    Args:
+        x: [B, C, H, W] or [B, N, C].
+        other: the same with at least C' channels, or None.
+        maps: [T, 3, C'] float32: scale, shift, previous.
+        step: [1] int64.
+        channel_dim: where C is.
+    """
+    scale, shift, previous = maps.index_select(0, step)[0]  # [C'] each
+    width, shape = len(scale), [1] * x.dim()
+    shape[channel_dim] = -1
+    y = x.narrow(channel_dim, 0, width) * scale.view(shape) + shift.view(shape)
+    if other is not None:
+        y = y + other.narrow(channel_dim, 0, width) * previous.view(shape)
+    rest = x.shape[channel_dim] - width
+    return y.to(x.dtype) if not rest else torch.cat([y.to(x.dtype), x.narrow(channel_dim, width, rest)], channel_dim)

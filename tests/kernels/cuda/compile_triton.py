@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cachequant.kernels.cuda import triton_feed_forward, triton_norm, triton_pointwise, triton_product
+from cachequant.kernels.cuda import triton_feed_forward, triton_norm, triton_pointwise, triton_product, triton_steps
 
 
 class Driver:
@@ -69,6 +69,10 @@ def compile_all() -> None:
             wide = vector.repeat(halves)
             add = torch.zeros(2, 64 * halves, dtype=dtype) if shift else None
             triton_norm.group_norm(parts, add, wide, wide, 16, 1e-5, True, grids[:halves], (1, 1, 1, 1))
+        for last, other in itertools.product((False, True), (None, x)):
+            order = torch.channels_last if last else torch.contiguous_format
+            given = x.contiguous(memory_format=order)
+            triton_steps.map_channels(given, other, torch.zeros(3, 3, 64), torch.zeros(1, dtype=torch.int64), 1)
         triton_norm.group_norm_float(x, vector, vector, 16, 1e-5)
         for affine, modulate in itertools.product((False, True), (False, True)):
             per_batch = torch.zeros(2, 64, dtype=dtype)
@@ -76,6 +80,12 @@ def compile_all() -> None:
                 x.view(2, -1, 64), *((vector, vector) if affine else (None, None)),
                 *((per_batch, per_batch) if modulate else (None, None)), 1e-5, grids,
             )  # fmt: skip
+    owner, columns = torch.zeros(64, dtype=torch.int32), [*torch.zeros(4, 64)]
+    for maps in ([], [owner, torch.zeros(3, 8), torch.zeros(3, 8)]):
+        triton_steps.load_step(
+            torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 4), torch.zeros(3, 2, 2), [owner, *columns], maps, grids,
+            *torch.zeros(3, 64),
+        )  # fmt: skip
     hidden, scale = torch.zeros(64, 32, dtype=torch.int8), torch.zeros(64)
     for blocks, gated, sums in itertools.product(triton_feed_forward.BLOCKS, (False, True), (False, True)):
         rest = (scale, None, 0.0, scale, scale) if sums else (scale, None, 0.0, None, None)

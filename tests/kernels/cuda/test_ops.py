@@ -16,6 +16,14 @@ def integers(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
+def step_tables(mapped: bool = True) -> tuple:
+    """Arguments of `load_step` for three grids and seven columns, of which the second and third are corrected."""
+    columns = [torch.tensor([0, 0, 2, 2, 2, 1, 1], dtype=torch.int32), *torch.randn(4, 7)]
+    maps = [torch.tensor([-1, 0, 1, -1, -1, -1, -1], dtype=torch.int32), torch.rand(4, 2), torch.randn(4, 2)]
+    results = torch.full((3, 4), torch.nan), *torch.full((3, 7), torch.nan)
+    return torch.tensor([2]), torch.randn(4, 3, 4), torch.rand(4, 3, 2), columns, maps if mapped else [], *results
+
+
 def cases() -> dict[str, tuple]:
     x, w = integers(6, 16), integers(8, 16)
     image, kernel = integers(2, 6, 5, 16), integers(8, 3, 3, 16)
@@ -35,6 +43,8 @@ def cases() -> dict[str, tuple]:
         "geglu_int8": (tokens[0].clone(), GRIDS[0]),
         "gelu_int8": (tokens[0].clone(), GRIDS[1], True),
         "window_sum": (image, [3, 3], [1, 1]),
+        "map_channels": (tokens, tokens[:, 1:].clone().repeat(1, 2, 1)[:, :5], torch.rand(4, 3, 6), torch.tensor([2]), 2),
+        "load_step": step_tables(),
     }  # fmt: skip
 
 
@@ -135,3 +145,23 @@ class _Wrapped(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(x)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_rows_of_a_step(mapped):
+    """Column by column in float64."""
+    step, grids, inputs, columns, maps, rows, scale, shift, offset = arguments = step_tables(mapped)
+    ops.load_step(*arguments)
+    owner, factor, base, sums, fixed = columns
+    assert torch.equal(rows, grids[2])
+    for c in range(7):
+        s, zero = inputs[2, owner[c]].double()
+        corrected = mapped and c in (1, 2)
+        a = maps[1][2, c - 1].double() if corrected else 1.0
+        b = maps[2][2, c - 1].double() if corrected else 0.0
+        expected = factor[c].double() * s * a
+        assert float(scale[c]) == pytest.approx(float(expected), rel=1e-5)
+        wanted = base[c].double() + b - expected * zero * sums[c].double()
+        assert float(shift[c]) == pytest.approx(float(wanted), rel=1e-4, abs=1e-5)
+        assert float(offset[c]) == pytest.approx(float(expected * fixed[c].double()), rel=1e-5)
+    assert int(step) == 2

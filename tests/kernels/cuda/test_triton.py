@@ -15,7 +15,14 @@ pytest.importorskip("triton", reason="Triton is not installed (it comes with CUD
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=0: these tests need the interpreter", allow_module_level=True)
 
-from cachequant.kernels.cuda import reference, triton_feed_forward, triton_norm, triton_pointwise, triton_product
+from cachequant.kernels.cuda import (
+    reference,
+    triton_feed_forward,
+    triton_norm,
+    triton_pointwise,
+    triton_product,
+    triton_steps,
+)
 
 GRIDS = torch.tensor([[1 / 0.031, -17.0, -128.0, 127.0], [1 / 0.053, 40.0, -128.0, 127.0]])
 """Two activations' grids: inverse scale, zero, low, high."""
@@ -52,6 +59,43 @@ def assert_same_integers(found: torch.Tensor, expected: torch.Tensor) -> None:
     gap = (found.int() - expected.int()).abs()
     assert gap.max() <= 1
     assert (gap > 0).sum() <= max(1, 0.005 * gap.numel())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("grids", "width"), [(1, 1), (3, 70), (700, 33)])
+def test_load_step(grids, width, mapped):
+    """More grids than columns, and the other way round; every third column is corrected."""
+    steps, corrected = 5, -(-width // 3)
+    place = torch.full((width,), -1, dtype=torch.int32)
+    place[::3] = torch.arange(corrected, dtype=torch.int32)
+    columns = [torch.randint(0, grids, (width,), dtype=torch.int32), *torch.randn(4, width)]
+    maps = [place, torch.rand(steps, corrected), torch.randn(steps, corrected)] if mapped else []
+    given = torch.tensor([3]), torch.randn(steps, grids, 4), torch.rand(steps, grids, 2), columns, maps
+    found, expected = ([torch.full((grids, 4), torch.nan), *torch.full((3, width), torch.nan)] for _ in range(2))
+    triton_steps.load_step(*given, *found)
+    reference.load_step(*given, *expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "tokens", "a view"])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_map_channels(channels, layout, dtype):
+    """Four of the channels have maps; the second tensor lies in memory in another way, and has channels of its own."""
+    maps, step, dim = torch.randn(3, 3, 4), torch.tensor([1]), 2 if layout == "tokens" else 1
+    shape = (2, 35, channels) if layout == "tokens" else (2, channels, 5, 7)
+    x, other = draw(*shape, dtype=dtype), draw(*shape[:dim], 9, *shape[dim + 1 :], dtype=dtype)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "a view":
+        x, other = draw(2, channels, 7, 5, dtype=dtype).transpose(2, 3), other[:, :, :, ::2].repeat(1, 1, 1, 2)[..., :7]
+    for second in (None, other):
+        found = triton_steps.map_channels(x, second, maps, step, dim)
+        exact = reference.map_channels(x.double(), None if second is None else second.double(), maps.double(), step, dim)
+        torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(found.narrow(dim, 4, channels - 4), x.narrow(dim, 4, channels - 4))
+        assert found.is_contiguous(memory_format=torch.channels_last) or layout != "channels last"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,0 +1,108 @@
+"""Triton operators that read the row of the current step from tables: epilogues of all layers, maps of features and predictions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+"""Values of one program."""
+
+
+@triton.jit(do_not_specialize=["width", "corrected"])
+def _load_kernel(
+    step, grids, inputs, owner, factor, base, sums, fixed, place, gain, lift, rows, scale, shift, offset, width, grid_count,
+    corrected, block: tl.constexpr, has_maps: tl.constexpr,
+):  # fmt: skip
+    """The step's grids, and scale, shift and offset of some columns."""
+    now = tl.load(step)
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    grid = at < grid_count * 4
+    tl.store(rows + at, tl.load(grids + now * grid_count * 4 + at, grid), grid)
+    real = at < width
+    source = inputs + (now * grid_count + tl.load(owner + at, real, other=0)) * 2
+    made = tl.load(factor + at, real) * tl.load(source, real)
+    rest = tl.load(base + at, real)
+    if has_maps:
+        column = tl.load(place + at, real, other=-1)
+        mapped = real & (column >= 0)
+        made *= tl.load(gain + now * corrected + column, mapped, other=1.0)
+        rest += tl.load(lift + now * corrected + column, mapped, other=0.0)
+    tl.store(scale + at, made, real)
+    tl.store(shift + at, rest - made * tl.load(source + 1, real) * tl.load(sums + at, real), real)
+    tl.store(offset + at, made * tl.load(fixed + at, real), real)
+
+
+def load_step(
+    step: Tensor,
+    grids: Tensor,
+    inputs: Tensor,
+    columns: list[Tensor],
+    maps: list[Tensor],
+    rows: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    offset: Tensor,
+) -> None:
+    """See `cachequant.kernels.cuda.reference.load_step`; everything is contiguous."""
+    owner, factor, base, sums, fixed = columns
+    place, gain, lift = maps or (owner, factor, base)
+    width, count = len(scale), grids.shape[1]
+    _load_kernel[(triton.cdiv(max(width, 4 * count), BLOCK),)](
+        step, grids, inputs, owner, factor, base, sums, fixed, place, gain, lift, rows, scale, shift, offset, width, count,
+        gain.shape[-1], block=BLOCK, has_maps=bool(maps),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "pixels", "batch_stride", "channel_stride", "pixel_stride"])
+def _map_kernel(
+    x, other, maps, step, out, count, channels, pixels, mapped, batch_stride, channel_stride, pixel_stride,
+    last: tl.constexpr, has_other: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """y = scale·x + shift (+ previous·other) of a dense x whose channels lie last or before all pixels."""
+    now = tl.load(step)
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    real = at < count
+    if last:
+        channel, pixel = at % channels, at // channels % pixels
+    else:
+        channel, pixel = at // pixels % channels, at % pixels
+    has_map = real & (channel < mapped)
+    row = maps + now * 3 * mapped + channel
+    value = tl.load(x + at, real, other=0.0).to(tl.float32)
+    y = value * tl.load(row, has_map, other=1.0) + tl.load(row + mapped, has_map, other=0.0)
+    if has_other:
+        batch = at // (channels * pixels)
+        place = batch * batch_stride + channel * channel_stride + pixel * pixel_stride
+        y += tl.load(other + place, has_map, other=0.0).to(tl.float32) * tl.load(row + 2 * mapped, has_map, other=0.0)
+    tl.store(out + at, y.to(out.dtype.element_ty), real)
+
+
+def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.map_channels`; any strides, the result lies in memory as x does if that is dense."""
+    x = _dense(x)
+    out = torch.empty_like(x)
+    channels, pixels = x.shape[channel_dim], x[0].numel() // x.shape[channel_dim]
+    strides = (0, 0, 0) if other is None else _strides(other, channel_dim)
+    if other is not None and strides is None:
+        other = other.contiguous()
+        strides = _strides(other, channel_dim)
+    _map_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+        x, x if other is None else other, maps, step, out, x.numel(), channels, pixels, maps.shape[2], *strides,
+        last=x.stride(channel_dim) == 1, has_other=other is not None, block=BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x without gaps, its channels last or before all pixels."""
+    return x if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) else x.contiguous()
+
+
+def _strides(x: Tensor, channel_dim: int) -> tuple[int, int, int] | None:
+    """Strides of batch, channel and pixel of [B, C, H, W] or [B, N, C]; None where rows of pixels have gaps between them."""
+    if x.dim() == 3:
+        return x.stride(0), x.stride(channel_dim), x.stride(3 - channel_dim)
+    return (x.stride(0), x.stride(1), x.stride(3)) if x.stride(2) == x.shape[3] * x.stride(3) else None
