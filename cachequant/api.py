@@ -177,7 +177,7 @@ def _require(pipe: Any) -> Acceleration:
 def _install(
     structure: Adapter, plan: Plan, cache: FeatureCache, backend: Backend
 ) -> tuple[QuantizedNetwork | Deployment | None, StepFunction]:
-    """Swap the plan's layers in, all checked before the first is touched; the step that runs them, and no others."""
+    """Swap the plan's layers in, all of them or none; the step that runs them, and no others."""
     network = None
     if plan.quant is not None:
         network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())

@@ -18,7 +18,8 @@ class HeldFeature:
 
     Attributes:
         values: uint8 of the feature's shape.
-        low, step: value of 0 and distance of two neighbours, of the feature's type, broadcastable to it.
+        low: value of 0, of the feature's type, broadcastable to it.
+        step: distance of two neighbours, at least in float32: half precision would miss by a step at the other end.
     """
 
     values: Tensor
@@ -29,13 +30,15 @@ class HeldFeature:
     def of(feature: Tensor, channel_dim: int) -> HeldFeature:
         """Round a feature [B, ..., C at channel_dim, ...]; each value moves by at most half a step."""
         over = [d for d in range(1, feature.dim()) if d != channel_dim]
-        low, high = feature.amin(over, keepdim=True), feature.amax(over, keepdim=True)
-        step = ((high - low) / 255).clamp(min=torch.finfo(feature.dtype).tiny)
-        return HeldFeature(((feature - low) / step).round_().clamp_(0, 255).to(torch.uint8), low, step)
+        wide = feature.to(torch.promote_types(feature.dtype, torch.float32))
+        low, high = wide.amin(over, keepdim=True), wide.amax(over, keepdim=True)
+        step = ((high - low) / 255).clamp(min=torch.finfo(wide.dtype).tiny)
+        values = ((wide - low) / step).round_().clamp_(0, 255).to(torch.uint8)
+        return HeldFeature(values, low.to(feature.dtype), step)
 
     def feature(self) -> Tensor:
         """The feature, in the type that it had."""
-        return torch.addcmul(self.low, self.values.to(self.step.dtype), self.step)
+        return torch.addcmul(self.low.to(self.step), self.values.to(self.step), self.step).to(self.low.dtype)
 
     @property
     def nbytes(self) -> int:

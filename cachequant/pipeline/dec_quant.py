@@ -99,7 +99,8 @@ def _free_running(context: Context, cache: FeatureCache, handle: QuantizedNetwor
     sums: dict[int, Moments] = {}
     predictions = PredictionFit(context, spread)
     for name in names:
-        handle.layers[name].ridge, handle.layers[name].held_out = settings.ridge, settings.held_out
+        layer = handle.layers[name]
+        layer.ridge, layer.held_out, layer.samples = settings.ridge, settings.held_out, len(seeds)
 
     def step(call: Call) -> Tensor:
         """Full precision at the accelerated model's x_t is the target; the accelerated step, fitted to it, leads."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from cachequant.kernels.reference import Geometry
 from cachequant.models.cost import float_bytes
 from cachequant.pipeline.context import ROUNDING
 from cachequant.pipeline.gains import output_gains
+from cachequant.pipeline.hook import Call
 from cachequant.pipeline.quant_params import mapped
 from cachequant.pipeline.step import accelerated_step
 from cachequant.pipeline.walk import Walk
@@ -118,23 +120,39 @@ def gather_sums(walk: Walk, names: list[str]) -> dict[str, InputSums]:
     """Second moments of the named layers' inputs along accelerated trajectories."""
     context, shallow, cache = walk.context, walk.context.adapter.shallow_names(), walk.fresh_cache()
     seeds = context.seeds(ROUNDING, context.config.quant.rounding_samples)
-    batches = -(-len(seeds) // context.config.calibration.batch_size)
-    full, sums = len(walk.schedule.refresh_steps), dict[str, InputSums]()
+    size = context.config.calibration.batch_size
+    full, sums, batch = len(walk.schedule.refresh_steps), dict[str, InputSums](), _Batch()
     for name in names:
         source, steps = _layer(walk, name), walk.schedule.num_steps if name in shallow else full
-        sums[name] = InputSums(source.weight, Geometry.of(source), batches * steps)
-    with _watched(walk, sums):
-        step = accelerated_step(context.adapter, cache, walk.correction)
+        sums[name] = InputSums(source.weight, Geometry.of(source), -(-len(seeds) // size) * steps)
+    accelerated = accelerated_step(context.adapter, cache, walk.correction)
+
+    def step(call: Call) -> Tensor:
+        """The accelerated model, and whose rows its layers see."""
+        if call.opens and cache.step == 0:
+            batch.first += batch.samples
+            batch.samples = min(size, len(seeds) - batch.first)
+        return accelerated(call)
+
+    with _watched(walk, sums, batch):
         context.trajectories(step, cache, seeds, "4 second moments")
     return sums
 
 
+@dataclass
+class _Batch:
+    """Which samples the pipeline draws: the number of the first, and how many."""
+
+    first: int = 0
+    samples: int = 0
+
+
 @contextmanager
-def _watched(walk: Walk, sums: dict[str, InputSums]) -> Iterator[None]:
+def _watched(walk: Walk, sums: dict[str, InputSums], batch: _Batch) -> Iterator[None]:
     """Inside, every call of the layers is added to their sums."""
 
     def adding(total: InputSums) -> Callable[..., None]:
-        return lambda _, inputs: total.update(inputs[0])
+        return lambda _, inputs: total.update(inputs[0], batch.samples, batch.first)
 
     handles = [_layer(walk, name).register_forward_pre_hook(adding(total)) for name, total in sums.items()]
     try:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Project = Callable[[Any, Tensor], list[Tensor]]
 """Key and value [B, M, C] of an attention module from a context [B, M, E]."""
+
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+"""What tells contexts apart whose keys and values need memory of their own."""
 
 
 class ContextOperands:
@@ -26,7 +30,8 @@ class ContextOperands:
     def __init__(self, attentions: list[Any], project: Project) -> None:
         self.attentions, self.project = attentions, project
         self._seen: tuple[Tensor, int] | None = None
-        self._held: dict[tuple[int, tuple[int, ...]], list[Tensor]] = {}
+        self._kind: Kind | None = None  # of the last context
+        self._held: dict[tuple[int, Kind | None], list[Tensor]] = {}
         self._reading = False
         for module in attentions:
             module.to_k.context = self
@@ -51,15 +56,21 @@ class ContextOperands:
         counted = not context.is_inference()
         if counted and self._seen is not None and context is self._seen[0] and context._version == self._seen[1]:
             return
+        self._seen = None  # what fails on the way leaves keys and values of two contexts
+        self._kind = tuple(context.shape), context.dtype, context.device
         for module in self.attentions:
-            made = self.project(module, context)
-            held = self._held.get(self._key(module, context))
-            if held is None or any(old.dtype != new.dtype for old, new in zip(held, made, strict=True)):
-                self._held[self._key(module, context)] = [t.clone() for t in made]
-                continue
-            for old, new in zip(held, made, strict=True):
-                old.copy_(new)
+            self._keep(module, self.project(module, context))
         self._seen = (context, context._version) if counted else None
+
+    def _keep(self, module: Any, made: list[Tensor]) -> None:
+        """Write key and value to the memory that graphs read; it can be written whether or not inference mode is on."""
+        held = self._held.get((id(module), self._kind))
+        if held is None:
+            with torch.inference_mode(False):
+                self._held[id(module), self._kind] = [t.clone() for t in made]
+            return
+        for old, new in zip(held, made, strict=True):
+            old.copy_(new)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -71,9 +82,7 @@ class ContextOperands:
             self._reading = False
 
     def held(self, module: Any, context: Tensor) -> list[Tensor] | None:
-        """Key and value of a module for a context of this shape; None where they must be computed."""
-        return self._held.get(self._key(module, context)) if self._reading else None
-
-    @staticmethod
-    def _key(module: Any, context: Tensor) -> tuple[int, tuple[int, ...]]:
-        return id(module), tuple(context.shape)
+        """Key and value of a module as `update` left them; None where they must be computed, as for another shape."""
+        if not self._reading or self._kind is None or tuple(context.shape) != self._kind[0]:
+            return None
+        return self._held.get((id(module), self._kind))

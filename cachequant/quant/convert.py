@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from cachequant.errors import UserError
 from cachequant.quant.attention import OPERANDS, QuantAttention
 from cachequant.quant.formats import quantize_to_format
 from cachequant.quant.layers import Layer, Mode, QuantLayer, quantize_weight
-from cachequant.types import ActivationTable, Correction, LayerQuant, QuantState
+from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant, QuantState
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,18 @@ def empty_table(bits: int, kind: str = "int") -> ActivationTable:
     return ActivationTable(torch.zeros(0, dtype=torch.int32), torch.zeros(0), torch.zeros(0), bits, kind)
 
 
-def refuse_unfit(network: nn.Module, state: QuantState, correction: Correction) -> None:
-    """Refuse weights or corrections that are not of this network's layers; nothing is changed.
+def fitting_layers(
+    network: nn.Module, state: QuantState, correction: Correction | None = None
+) -> Iterator[tuple[str, Any, LayerQuant, dict[int, AffineMap] | None]]:
+    """Name, layer of the network, its state and the maps of its product, one by one: a plan is read once, also lazily.
 
     Raises:
-        UserError: names the first layer that is missing, of another kind or of another shape.
+        UserError: names the first layer that is missing, of another kind or of another shape, or corrected otherwise.
     """
     kind, modules = type(network).__name__, dict(network.named_modules())
     missing = [name for name in state.layers if name not in modules]
-    if missing or not state.layers:
-        what = f"{len(missing)} of its layers such as {missing[0][:80]}" if missing else "no layer at all"
+    if missing:
+        what = f"{len(missing)} of its layers such as {missing[0][:80]}"
         raise UserError(f"the plan quantises {what} that this {kind} lacks: calibrate for it")
     for name, layer in state.layers.items():
         module: Any = modules[name]
@@ -126,8 +128,10 @@ def refuse_unfit(network: nn.Module, state: QuantState, correction: Correction) 
         held = {(grid.values.shape[0], sum(layer.widths), *grid.values.shape[2:]) for grid in layer.weights}
         if held != {shape}:
             raise UserError(f"the plan's {name} is of shape {held.pop()}, this {kind}'s is {shape}: calibrate for it")
-        if any(len(affine.scale) != shape[0] for affine in correction.layers.get(name, {}).values()):
+        maps = correction.layers.get(name) if correction else None
+        if any(len(affine.scale) != shape[0] for affine in (maps or {}).values()):
             raise UserError(f"the plan corrects other channels of {name} than the {shape[0]} it has: calibrate for it")
+        yield name, module, layer, maps
 
 
 def install(
@@ -147,21 +151,22 @@ def install(
         search: range search for tables that are still empty.
         correction: maps of the layers' products.
         attention_bits: quantise attention operands; None leaves attention as it is unless `state` has operands.
+
+    Raises:
+        UserError: of `fitting_layers`; the network is then as it was.
     """
     handle = QuantizedNetwork(network)
-    for name, layer_state in state.layers.items():
-        source: Any = network.get_submodule(name)
-        maps = correction.layers.get(name) if correction else None
+    for name, source, layer_state, maps in fitting_layers(network, state, correction):
         handle.layers[name] = QuantLayer(source, layer_state, clock, maps, search)
-    for name, layer in handle.layers.items():
-        replace_module(network, name, layer)
     if attention_bits is not None or state.operands:
         for name, module in network.named_modules():
             if hasattr(module, "processor") and hasattr(module, "to_q"):
                 tables = {o: state.operands[f"{name}.{o}"] for o in OPERANDS if f"{name}.{o}" in state.operands}
                 handle.attentions[name] = QuantAttention(module.processor, tables, attention_bits or 8, search, clock)
-        for name, attention in handle.attentions.items():
-            _attention(network, name).processor = attention
+    for name, layer in handle.layers.items():
+        replace_module(network, name, layer)
+    for name, attention in handle.attentions.items():
+        _attention(network, name).processor = attention
     return handle
 
 

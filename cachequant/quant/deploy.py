@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.errors import UserError
 from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.adaptive_conditions import AdaptiveConditions, share_adaptive_conditions
 from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.context import ContextOperands
-from cachequant.quant.convert import QuantizedNetwork, install, refuse_unfit, replace_module
+from cachequant.quant.convert import QuantizedNetwork, fitting_layers, install, replace_module
 from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.formats import only_simulated
 from cachequant.quant.step_tables import StepTables
@@ -64,9 +65,29 @@ class Deployment:
         """Name -> original of every layer that is quantised."""
         return {**self.integer, **(self.simulation.replaced if self.simulation else {})}
 
+    def replace(self, name: str, source: nn.Module, layer: nn.Module) -> None:
+        """Put a deployed layer in the place of the network's own."""
+        replace_module(self.network, name, layer)
+        self.integer[name] = source
+
+    def simulate(self, state: QuantState, clock: FeatureCache, correction: Correction | None) -> None:
+        """Simulate the layers and attention operands that do not run in integers, if there are any."""
+        if state.layers or state.operands:
+            self.simulation = install(self.network, state, clock, correction=correction)
+            self.reasons |= dict.fromkeys(self.simulation.attentions, "attention operands are simulated")
+
+    @contextmanager
+    def whole_or_not_at_all(self) -> Iterator[None]:
+        """What fails inside leaves the network as it was."""
+        try:
+            yield
+        except BaseException:
+            self.remove()
+            raise
+
     def remove(self) -> None:
         """Put every original layer, processor and class back."""
-        unfuse(self.network, list(self.fused))
+        unfuse(self.network, [name for name, module in self.network.named_modules() if isinstance(module, Fused)])
         for joint in self.time:
             joint.release()
         for name, source in self.integer.items():
@@ -85,24 +106,22 @@ def deploy(
         state: weights and tables.
         clock: tells the step.
         correction: maps of the layers' products.
+
+    Raises:
+        UserError: of `fitting_layers`; the network is then as it was.
     """
-    handle = Deployment(network)
-    others: dict[str, LayerQuant] = {}
-    for name, layer in state.layers.items():
-        source: Any = network.get_submodule(name)
-        reason = only_simulated(layer) or unsupported(layer.weights, Geometry.of(source))
-        if reason is not None:
-            handle.reasons[name], others[name] = reason, layer
-            continue
-        maps = correction.layers.get(name) if correction else None
-        replace_module(network, name, IntegerLayer(source, layer, clock, maps))
-        handle.integer[name] = source
-        if source.weight.is_meta:  # nothing else but the plan is in memory: keep it so
-            trim_heap()
-    if others or state.operands:
-        handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
-        handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")
-    handle.fused = fuse(network)
+    handle, others = Deployment(network), dict[str, LayerQuant]()
+    with handle.whole_or_not_at_all():
+        for name, source, layer, maps in fitting_layers(network, state, correction):
+            reason = only_simulated(layer) or unsupported(layer.weights, Geometry.of(source))
+            if reason is not None:
+                handle.reasons[name], others[name] = reason, layer
+                continue
+            handle.replace(name, source, IntegerLayer(source, layer, clock, maps))
+            if source.weight.is_meta:  # nothing else but the plan is in memory: keep it so
+                trim_heap()
+        handle.simulate(QuantState(others, state.operands), clock, correction)
+        handle.fused = fuse(network)
     return handle
 
 
@@ -124,6 +143,9 @@ def deploy_on_device(
         device: where the network is; None asks its parameters.
         forwards: diffusers' class -> fused forward; None is all of them.
         shallow: names of the modules that a cached step runs.
+
+    Raises:
+        UserError: of `deploy`.
     """
     from cachequant.kernels.cuda.packing import unsupported
     from cachequant.quant.device_blocks import FORWARDS, context_operands
@@ -133,32 +155,29 @@ def deploy_on_device(
     place = device or next(p.device for p in network.parameters() if not p.is_meta)
     handle.tables, handle.home = StepTables(clock.schedule.num_steps, place), place
     tables = handle.tables
-    for name, layer in state.layers.items():
-        source: Any = network.get_submodule(name)
-        bits = tuple(table.bits for table in layer.inputs)
-        reason = only_simulated(layer) or unsupported(layer.weights, bits, Geometry.of(source))
-        if reason is not None:
-            handle.reasons[name], others[name] = reason, layer
-            continue
-        maps = correction.layers.get(name) if correction else None
-        replace_module(network, name, DeviceLayer(source, layer, clock, tables, maps))
-        handle.integer[name] = move(source, HOST)
-    if others or state.operands:
-        handle.simulation = install(network, QuantState(others, state.operands), clock, correction=correction)
-        handle.reasons |= dict.fromkeys(handle.simulation.attentions, "attention operands are simulated")
-    for module in network.modules():
-        projections = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
-        layers = [layer for layer in projections if isinstance(layer, DeviceLayer)]
-        if len(layers) == len(projections) and not join(layers):
-            join(layers[1:])
-    tables.freeze()
-    chosen = FORWARDS if forwards is None else forwards
-    if "ResnetBlock2D" in chosen:
-        handle.time += share_time_projections(network, shallow)
-    if "BasicTransformerBlock" in chosen:
-        handle.time += share_adaptive_conditions(network, shallow)
-        handle.context = ContextOperands.of(network, context_operands)
-    handle.fused = fuse(network, chosen)
+    with handle.whole_or_not_at_all():
+        for name, source, layer, maps in fitting_layers(network, state, correction):
+            bits = tuple(table.bits for table in layer.inputs)
+            reason = only_simulated(layer) or unsupported(layer.weights, bits, Geometry.of(source))
+            if reason is not None:
+                handle.reasons[name], others[name] = reason, layer
+                continue
+            handle.replace(name, source, DeviceLayer(source, layer, clock, tables, maps))
+            move(source, HOST)
+        handle.simulate(QuantState(others, state.operands), clock, correction)
+        for module in network.modules():
+            projections = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
+            layers = [layer for layer in projections if isinstance(layer, DeviceLayer)]
+            if len(layers) == len(projections) and not join(layers):
+                join(layers[1:])
+        tables.freeze()
+        chosen = FORWARDS if forwards is None else forwards
+        if "ResnetBlock2D" in chosen:
+            handle.time += share_time_projections(network, shallow)
+        if "BasicTransformerBlock" in chosen:
+            handle.time += share_adaptive_conditions(network, shallow)
+            handle.context = ContextOperands.of(network, context_operands)
+        handle.fused = fuse(network, chosen)
     return handle
 
 
@@ -180,7 +199,10 @@ def attach(
     Raises:
         UserError: the state or the correction is not of this network, which is then as it was.
     """
-    refuse_unfit(network, state, correction)
+    if not state.layers:
+        raise UserError(
+            f"the plan quantises no layer at all, expected some of this {type(network).__name__}: calibrate for it"
+        )
     if backend.name == SIMULATED:
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:

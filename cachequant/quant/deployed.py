@@ -58,7 +58,7 @@ class IntegerLayer(nn.Module):
         return self._source[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
-        """`.to()` reaches the replaced layer too; integers stay on the CPU.
+        """`.to()` reaches the replaced layer too; integers stay on the CPU, and what has no data as it is.
 
         Raises:
             UserError: the network is moved to another device.
@@ -67,7 +67,7 @@ class IntegerLayer(nn.Module):
             raise UserError(
                 "this pipeline runs INT8 on the cpu, expected it to stay there: call cachequant.disable first"
             )
-        self.source._apply(fn)
+        self.source._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor))
         super()._apply(fn, recurse)
         return self
 

@@ -104,16 +104,17 @@ class DeviceLayer(nn.Module):
         return self._source[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeviceLayer:
-        """`.to()` reaches the replaced layer too; integers stay where they are.
+        """`.to()` changes the type of the replaced layer where it waits; integers stay as they are.
 
         Raises:
             UserError: the network is moved to another device.
         """
-        if fn(torch.empty(0, device=self.tables.device)).device.type != self.tables.device.type:
+        here = torch.empty(0, device=self.tables.device)
+        if fn(here).device != here.device:
             raise UserError(
-                f"this pipeline runs INT8 on {self.tables.device}, expected it to stay there: call cachequant.disable first"
+                f"this pipeline runs INT8 on {here.device}, expected it to stay there: call cachequant.disable first"
             )
-        self.source._apply(fn)
+        self.source._apply(lambda tensor: tensor.to(fn(here.to(tensor.dtype)).dtype))
         super()._apply(fn, recurse)
         return self
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachequant.kernels.reference import Geometry
+from cachequant.quant.halves import even_and_odd
 
 ROWS = 4
 """Input rows per column of the second moment that are looked at, over all calls together."""
@@ -19,7 +20,7 @@ FLUSH = 256
 class InputSums:
     """E[x xᵀ] of a layer's input rows x: a window [I·kh·kw] of a convolution, a token [I] of a linear layer.
 
-    Every other sample goes into a sum of its own, so that what follows from one half can be judged on the other. Memory is
+    Even and odd samples go into sums of their own, so that what follows from one half can be judged on the other. Memory is
     2·n² numbers, however much is seen. Of each call a share of the rows, drawn at random, is taken.
 
     Args:
@@ -37,10 +38,12 @@ class InputSums:
         self._waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._random = torch.Generator().manual_seed(0)
 
-    def update(self, x: Tensor) -> None:
-        """Add one call's input, [B, I, H, W] or [B, ..., I]."""
-        for half in range(min(2, len(x))):
-            part = x[half::2].detach().float()
+    def update(self, x: Tensor, samples: int | None = None, first: int = 0) -> None:
+        """Add one call's input, [B, I, H, W] or [B, ..., I]; `samples` and `first` are those of `even_and_odd`."""
+        for half, places in enumerate(even_and_odd(len(x), samples, first=first)):
+            if not len(places):
+                continue
+            part = x[places.to(x.device)].detach().float()
             rows = self._windows(part) if self.geometry.is_conv else self._some(part.flatten(0, -2))
             self._waiting[half].append(rows)
             self._rows[half] += len(rows)
@@ -56,7 +59,7 @@ class InputSums:
 
     @property
     def halves(self) -> tuple[Tensor, Tensor] | None:
-        """E[x xᵀ] [n, n] of every other sample and of the rest; None where there was no second sample."""
+        """E[x xᵀ] [n, n] of the even and of the odd samples; None where there was no second sample."""
         self._flush(0)
         self._flush(1)
         return (self._sums[0] / self._rows[0], self._sums[1] / self._rows[1]) if all(self._rows) else None

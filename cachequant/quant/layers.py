@@ -13,6 +13,7 @@ from cachequant.correction import Moments, fold_into_epilogue, solve_held_out
 from cachequant.kernels.reference import Geometry, epilogue, product
 from cachequant.quant.affine import quantize, search_grid
 from cachequant.quant.formats import centred_weight
+from cachequant.quant.halves import even_and_odd
 from cachequant.quant.observer import StepQuantizer
 from cachequant.types import AffineMap, LayerQuant, WeightGrid
 
@@ -81,9 +82,11 @@ class QuantLayer(nn.Module):
         self.corrections: dict[int, AffineMap] = dict(corrections or {})
         self.moments: dict[int, Moments] = {}
         self.ridge, self.held_out = 0.0, False
+        self.samples: int | None = None
         self._source = (source,)  # a tuple hides it from the module tree
         self._targets: list[Tensor] = []  # of the chunks of a batch, in order
-        self._halves = (Moments(), Moments())  # of the step that FIT is at: every other sample
+        self._halves = (Moments(), Moments())  # of the step that FIT is at: even and odd samples
+        self._row = 0  # of the batch, at which the next chunk begins
         self._epilogues: dict[int, tuple[tuple[Tensor, Tensor | None], ...]] = {}
         device = self.weights[0].values.device if source.weight.is_meta else source.weight.device
         self.bias: Tensor | None
@@ -117,6 +120,7 @@ class QuantLayer(nn.Module):
     def start_fit(self, new_step: bool) -> None:
         """Before a RECORD pass: drop targets that nothing fitted and, at a new step, the pairs of the step before."""
         self._targets.clear()
+        self._row = 0
         if new_step:
             self._halves = (Moments(), Moments())
 
@@ -202,9 +206,11 @@ class QuantLayer(nn.Module):
             shape[dim] = -1
             rest = rest + self.bias.view(shape)
         target = self._targets.pop(0).float() - rest
-        for half, moments in enumerate(self._halves):
-            if len(target) > half:
-                moments.update((scaled[0][half::2],), target[half::2], dim)
+        for places, moments in zip(even_and_odd(len(x), self.samples, self._row), self._halves, strict=True):
+            if len(places):
+                index = places.to(x.device)
+                moments.update((scaled[0][index],), target[index], dim)
+        self._row += len(x)
         fitted = self._solve()
         self.corrections[self.clock.step] = fitted
         self._epilogues.pop(self.clock.step, None)

@@ -81,21 +81,19 @@ class LearnedLayer(nn.Module):
         parts = x.float().split(self.state.widths, dim=channels) if len(self.state.widths) > 1 else (x.float(),)
         total = sum(product(self._activation(part, i), self._weight(i), self.geometry) for i, part in enumerate(parts))
         assert isinstance(total, Tensor)
-        if self.bias is None:
-            return total
-        return total + (self.bias.view(-1, 1, 1) if self.geometry.is_conv else self.bias)
+        if self.bias is not None:
+            total = total + (self.bias.view(-1, 1, 1) if self.geometry.is_conv else self.bias)
+        return total.to(x.dtype)
 
     def soft(self) -> Iterator[Tensor]:
         """h of every segment."""
-        for parameter in self.rounding:
-            yield (torch.sigmoid(parameter) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        yield from map(_soft, self.rounding)
 
     def _weight(self, segment: int) -> Tensor:
         base, zero = self.get_buffer(f"base_{segment}"), self.get_buffer(f"grid_zero_{segment}")
         levels = 2 ** self.state.weights[segment].bits - 1
         moved = _whole(zero + self.weight_shift[segment]).clamp(0, levels)
-        soft = (torch.sigmoid(self.rounding[segment]) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-        inside = torch.minimum((base - zero + soft + moved).clamp(min=0), torch.full_like(base, levels))
+        inside = (base - zero + _soft(self.rounding[segment]) + moved).clamp(0, levels)
         return (inside - moved) * self.get_buffer(f"grid_scale_{segment}")
 
     def _activation(self, x: Tensor, segment: int) -> Tensor:
@@ -182,9 +180,9 @@ def train_block(
 
 def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
     """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights, at `progress` in [0, 1]; β falls behind the warm-up."""
-    soft = [h for layer in learned.values() for h in layer.soft()]
     if progress < WARM_UP:
-        return soft[0].new_zeros(())
+        return next(iter(learned.values())).rounding[0].new_zeros(())
+    soft = [h for layer in learned.values() for h in layer.soft()]
     share = min(1.0, (progress - WARM_UP) / (ANNEALED - WARM_UP))
     beta = BETA_LAST + 0.5 * (BETA_FIRST - BETA_LAST) * (1 + math.cos(math.pi * share))
     total = sum(((1 - (2 * h - 1).abs().pow(beta)).sum() for h in soft), soft[0].new_zeros(()))
@@ -242,6 +240,11 @@ def _beginning(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     moved = (wanted - values).abs() > 0.51
     compensated = (moved & (wanted > 0) & (wanted < 2**grid.bits - 1)).float().mean() > 0.01
     return base, (KEPT * up + (1 - KEPT) * soft).clamp(0.01, 0.99) if compensated else soft
+
+
+def _soft(parameter: Tensor) -> Tensor:
+    """AdaRound's h (equation 23): a sigmoid that is stretched and clipped to [0, 1]."""
+    return (torch.sigmoid(parameter) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def _unrounded(soft: Tensor) -> Tensor:

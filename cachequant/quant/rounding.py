@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachequant.errors import UserError
 from cachequant.quant.affine import grid_from_range
 
 RATIOS = tuple(1.0 - 0.05 * i for i in range(10))
@@ -45,12 +46,20 @@ class Factor:
 
     @staticmethod
     def of(moment: Tensor, damping: float) -> Factor:
-        """Factorise a second moment [n, n] with `damping` times its mean diagonal added to the diagonal.
+        """Factorise a second moment [n, n] with `damping` times the mean magnitude of its diagonal added to the diagonal.
 
-        A column without any input gets the mean diagonal alone. Where rounding has made H indefinite, damping is doubled.
+        Of a column without any input that is all there is. Where H stays indefinite, as rounding may leave it, damping is
+        doubled until it is not.
+
+        Raises:
+            UserError: H is not finite.
         """
+        if not bool(moment.isfinite().all()):
+            raise UserError(
+                "the inputs of a layer hold NaN or infinity, expected finite ones: check the model's weights and scheduler"
+            )
         diagonal = moment.diagonal()
-        mean = float(diagonal.mean()) or 1.0
+        mean = float(diagonal.abs().mean()) or 1.0
         order = diagonal.argsort(descending=True, stable=True)
         flipped = moment[order][:, order].flip(0, 1)  # its lower factor, flipped, is the upper one
         while True:

@@ -50,10 +50,13 @@ def test_parts_are_the_rows_in_order_with_their_own_conditioning(count: int) -> 
     assert torch.equal(network.cached(call, 1000 * x), 1100 * x)
 
 
-@pytest.mark.parametrize("layers", ["none", "consumers"])
-def test_free_running_fits_in_chunks_are_those_of_one_batch(pipe: Any, configure: Configure, layers: str) -> None:
+@pytest.mark.parametrize(("layers", "held_out"), [("none", False), ("consumers", False), ("consumers", True)])
+def test_free_running_fits_in_chunks_are_those_of_one_batch(
+    pipe: Any, configure: Configure, layers: str, held_out: bool
+) -> None:
     common = (
-        "method=best", f"correction.layers={layers}", "correction.inflation=0", "correction.output=none",
+        "method=best", f"correction.layers={layers}", f"correction.held_out={str(held_out).lower()}",
+        "correction.inflation=0", "correction.output=none",
         "quant.activation_search=minmax",
     )  # fmt: skip
     whole = Context.of(pipe, configure(*common, "calibration.batch_size=4"))

@@ -19,6 +19,7 @@ from cachequant.pipeline.quant_params import layer_plans
 from cachequant.pipeline.round_weights import gather_sums, needing, round_layer, segment_of_columns
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.walk import Walk
+from cachequant.quant import input_sums
 from cachequant.quant.rounding import RowGrids, rounding_error
 from cachequant.storage import pack_weights
 from cachequant.types import LayerQuant, QuantState
@@ -142,3 +143,19 @@ def test_a_layer_of_one_sample_is_rounded_with_the_strongest_damping(
     eight = round_layer(pipe.unet.get_submodule(name), state.layers[name], sums, symmetric=False, bits=8)
     assert float(eight.error.sum()) < 0.05 * float(made.error.sum())
     assert QuantState({name: eight.layer}).layers[name].weights[0].bits == 8
+
+
+def test_halves_of_the_samples_do_not_depend_on_the_batches(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_sums, "ROWS", 10**6)
+    walk = stages_of(pipe, configure("quant.weight_bits=4", "quant.rounding_samples=5"), tmp_path)._walk()
+    name, found = "mid_block.resnets.0.conv1", []
+    for size in (5, 3, 2, 1):
+        walk.context.config.calibration.batch_size = size
+        halves = gather_sums(walk, [name])[name].halves
+        assert halves is not None
+        found.append(halves)
+    for halves in found[1:]:
+        for one, other in zip(halves, found[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.errors import UserError
 from cachequant.kernels.cuda.packing import DeviceWeight
 from cachequant.models.adapter import adapter
 from cachequant.quant import deploy
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.deploy import deploy_on_device
+from cachequant.quant.device_layers import DeviceLayer
 from cachequant.quant.layers import Mode, quantize_weight
-from cachequant.types import AffineMap, Correction, QuantState, Schedule
+from cachequant.quant.step_tables import StepTables
+from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant, QuantState, Schedule
 
 STEPS = 3
 
@@ -282,3 +287,35 @@ def test_a_moved_layer_keeps_its_parameters_and_their_layout():
     assert torch.equal(layer.weight, bits) and layer.weight.is_contiguous(memory_format=torch.channels_last)
     absent = nn.Linear(2, 2, device="meta")
     assert deploy.move(absent, torch.device("cpu")).weight.is_meta  # of a denoiser that was loaded from its plan
+
+
+def waiting(device: str) -> DeviceLayer:
+    """A layer whose integers are on `device`, in the place of one that waits in the host's memory."""
+    torch.manual_seed(0)
+    source = nn.Conv2d(3, 4, 3)
+    table = ActivationTable(torch.tensor([0]), torch.tensor([0.1]), torch.tensor([128.0]), 8)
+    state = LayerQuant((quantize_weight(source.weight, 8, "minmax"),), (table,), (3,))
+    return DeviceLayer(source, state, FeatureCache(Schedule((0,), 1, 1)), StepTables(1, torch.device(device)))
+
+
+def test_a_replaced_layer_changes_its_type_but_not_its_place() -> None:
+    layer = waiting("meta")  # stands for a GPU
+    weight = layer.source.weight.detach().clone()
+    assert layer.to("meta") is layer
+    assert layer.source.weight.device.type == "cpu" and torch.equal(layer.source.weight, weight)
+    layer.to(torch.float64)
+    assert torch.equal(layer.source.weight, weight.double()) and layer.source.bias.dtype is torch.float64
+
+
+def test_a_layer_without_data_stays_without_it() -> None:
+    """Of a denoiser that was loaded from its plan."""
+    layer = waiting("cpu")
+    layer.source.to("meta")
+    assert layer.to("cpu", torch.float64).source.weight.is_meta and layer.source.weight.dtype is torch.float64
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("meta", 1)], ids=str)
+def test_integers_are_not_moved_to_another_device_of_the_same_kind_either(device: torch.device) -> None:
+    layer = waiting("meta")
+    with pytest.raises(UserError, match=r"runs INT8 on meta, expected it to stay there: call cachequant\.disable"):
+        layer._apply(lambda _: SimpleNamespace(device=device))

@@ -61,3 +61,18 @@ def test_a_single_sample_has_no_halves():
     sums.update(torch.ones(1, 6))
     assert sums.halves is None
     assert torch.equal(sums.moment, torch.ones(6, 6))
+
+
+def test_halves_hold_different_samples_however_they_are_cut_into_batches(monkeypatch):
+    """Two rows of one sample, as guidance doubles a batch, are of the same half."""
+    monkeypatch.setattr(input_sums, "ROWS", 10**6)
+    layer, samples = nn.Linear(6, 3), torch.randn(7, 2, 5, 6, generator=torch.Generator().manual_seed(3))
+    expected = [rows.T @ rows / len(rows) for rows in (samples[half::2].flatten(0, 2) for half in range(2))]
+    for size in (1, 2, 3, 7):
+        sums = InputSums(layer.weight.detach(), Geometry.of(layer), 7)
+        for first in range(0, 7, size):
+            batch = samples[first : first + size]  # [B, 2, 5, 6]
+            sums.update(torch.cat([batch[:, 0], batch[:, 1]]), len(batch), first)
+        assert sums.halves is not None
+        for found, wanted in zip(sums.halves, expected, strict=True):
+            torch.testing.assert_close(found, wanted)

@@ -167,6 +167,30 @@ def test_a_held_out_fit_is_that_of_every_other_sample_on_the_rest() -> None:
     assert_close(layer.corrections[0].shift, expected.shift)
 
 
+@pytest.mark.parametrize("sizes", [(14,), (3, 3, 3, 5), (7, 7), (1,) * 14])
+def test_the_halves_of_a_held_out_fit_hold_different_samples_however_they_are_cut(sizes: tuple[int, ...]) -> None:
+    """Seven samples, two rows of each as guidance doubles a batch: the second ones lie behind all the first."""
+    x, truth = (torch.randn(14, 40, 6, generator=generator(seed)) for seed in (0, 1))
+    truth = 0.7 * x + 0.3 * truth
+    layer = quantised(linear(), (table(0.4, 7, 4),), (6,), bits=4)
+    layer.held_out, layer.samples = True, 7
+    product_alone = layer(x) - layer.source.bias
+    for _ in range(2):  # a second step begins with the first sample again
+        layer.start_fit(new_step=True)
+        layer.mode = Mode.RECORD
+        target = torch.cat([layer(part) for part in truth.split(sizes)]) - layer.source.bias
+        layer.mode = Mode.FIT
+        for part in x.split(sizes):
+            layer(part)
+    halves = (Moments(), Moments())
+    for half, moments in enumerate(halves):
+        rows = [row for sample in range(half, 7, 2) for row in (sample, sample + 7)]
+        moments.update((product_alone[rows],), target[rows], 2)
+    expected = solve_held_out(halves)
+    assert_close(layer.corrections[0].scale, expected.scale)
+    assert_close(layer.corrections[0].shift, expected.shift)
+
+
 def test_a_strong_ridge_keeps_the_scale_and_still_centres() -> None:
     layer = quantised(linear(), (table(0.4, 7, 4),), (6,), bits=4)
     layer.ridge = 1e9

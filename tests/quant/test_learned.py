@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import ReconConfig
 from cachequant.quant.layers import QuantLayer, quantize_weight
-from cachequant.quant.learned import WARM_UP, BlockData, LearnedLayer, Rows, train_block, unwhole
+from cachequant.quant.learned import GAMMA, WARM_UP, ZETA, BlockData, LearnedLayer, Rows, train_block, unwhole
 from cachequant.types import ActivationTable, LayerQuant, Schedule, WeightGrid
 
 SETTINGS = ReconConfig(
@@ -116,7 +116,37 @@ def test_the_regulariser_lives_behind_the_warm_up(source: nn.Conv2d) -> None:
     expected = (1 - (2 * soft - 1).abs().pow(2.0)).mean()  # β ends at 2
     torch.testing.assert_close(value, expected)
     value.backward()
-    assert all(float(p.grad.abs().max()) > 0 for p in layer.rounding if p.grad is not None)
+    for parameter, h in zip(layer.rounding, layer.soft(), strict=True):
+        sigmoid = torch.sigmoid(parameter.detach())
+        slope = (ZETA - GAMMA) * sigmoid * (1 - sigmoid)  # dh/dp: no h is at an end yet
+        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0
+        torch.testing.assert_close(parameter.grad, -4 * (2 * h.detach() - 1) * slope / len(soft))
+    others = [*layer.weight_shift, *layer.scale, *layer.zero_point]
+    assert all(parameter.grad is None for parameter in others)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_has_the_type_of_the_input(source: nn.Conv2d, bias: bool) -> None:
+    if not bias:
+        source.bias = None
+    (x, steps), (layer, rows) = inputs(2), learned_of(source, state_of(source))
+    rows.steps = steps
+    assert layer(x.double()).dtype is torch.float64
+    assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()).bfloat16())
+
+
+def test_weights_stay_on_their_grid_whatever_rounding_and_zero_point_learn(source: nn.Conv2d) -> None:
+    state = state_of(source)
+    layer, _ = learned_of(source, state)
+    with torch.no_grad():
+        for parameter, shift in zip(layer.rounding, layer.weight_shift, strict=True):
+            parameter.copy_(torch.where(torch.rand_like(parameter) < 0.5, 20.0, -20.0))
+            shift.copy_(4 * torch.randn_like(shift))
+        for i, (grid, saved) in enumerate(zip(state.weights, layer.hardened().weights, strict=True)):
+            column = (-1, 1, 1, 1)
+            expected = (saved.values.float() - saved.zero_point.view(column)) * grid.scale.view(column)
+            torch.testing.assert_close(layer._weight(i), expected)
+            assert int(saved.values.max()) == 2**grid.bits - 1 and int(saved.values.min()) == 0  # the ends were met
 
 
 def test_zero_points_move_the_window_of_weights_and_stay_whole(source: nn.Conv2d) -> None:

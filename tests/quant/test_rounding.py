@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cachequant.errors import UserError
 from cachequant.quant import rounding
 from cachequant.quant.affine import grid_from_range, quantize
 from cachequant.quant.rounding import (
@@ -121,12 +122,31 @@ def test_candidates_shrink_the_range_of_every_segment() -> None:
     assert all((grids.zero_point == 8).all() for grids in around_zero)
 
 
-def test_columns_without_input_and_indefinite_moments_do_no_harm() -> None:
+def test_columns_without_input_do_no_harm() -> None:
     weight, moment = problem(5)
     moment[3], moment[:, 3] = 0, 0
     integers, error = compensated(weight, Factor.of(moment, 0.0), whole_range(weight))
     assert error.isfinite().all() and integers.isfinite().all()
     assert Factor.of(torch.zeros(4, 4), 0.0).pivots.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0], [2.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
+def test_an_indefinite_moment_is_damped_no_more_than_twice_what_it_needs(rows: list[list[float]]) -> None:
+    """The least eigenvalue of both is -1, the mean magnitude of their diagonals 1."""
+    moment = torch.tensor(rows, dtype=torch.float64)
+    factor = Factor.of(moment, 0.0)
+    made = (factor.upper * factor.pivots) @ factor.upper.T
+    added = made - moment[factor.order][:, factor.order]
+    assert 1 < added[0, 0] <= 2
+    torch.testing.assert_close(added, added[0, 0] * torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_moment_that_is_not_finite_is_refused(value: float) -> None:
+    _, moment = problem(8)
+    moment[3, 4] = moment[4, 3] = value
+    with pytest.raises(UserError, match="hold NaN or infinity, expected finite ones"):
+        Factor.of(moment, 0.1)
 
 
 def test_damping_is_the_one_that_errs_least_on_unseen_inputs() -> None:
