@@ -36,7 +36,7 @@ class StudySubject:
         """A YAML file with its overrides, a plan folder, or a run folder with plans (its newest one).
 
         Raises:
-            UserError: neither is there, or overrides were given for a plan.
+            UserError: neither is there, overrides were given for a plan, or its model is another now.
         """
         if path.suffix in (".yaml", ".yml"):
             config = load_config(path, overrides)
@@ -48,6 +48,7 @@ class StudySubject:
         subject = Subject.at(path)
         plan = next(iter(subject.plans.values()))
         context = Context.of(load_pipeline(plan.config.model, device), plan.config)
+        plan.identity.refuse_other(context.identity)
         return StudySubject(Stages.at(context, subject.stages or path / "studies", quiet=True), plan, path)
 
     @property
