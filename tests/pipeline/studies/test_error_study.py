@@ -39,6 +39,16 @@ def test_the_path_error_is_the_samplers_sum_of_the_errors_on_the_way(
     assert torch.equal(free.x[:2], local.x[:2]) == bool((free.made[0] == local.exact[0]).all())
 
 
+def test_trajectories_are_drawn_in_the_calibrations_batches(pipe: Any, configure: Configure, tmp_path: Path) -> None:
+    subject = subject_of(pipe, configure("method=paper", "backend=simulated"), tmp_path)
+    context, plan, sizes = subject.context, subject.plan(), []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    parts = follow(context, plan, [5, 6, 7], True)
+    assert sorted(set(sizes)) == [1, 2] and parts.x.shape[1] == 3
+    alone = [follow(context, plan, [seed], True) for seed in (5, 6, 7)]
+    torch.testing.assert_close(parts.x, torch.cat([path.x for path in alone], 1), rtol=0, atol=1e-4)
+
+
 def test_the_two_paths_are_those_of_the_pipeline(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     from cachequant.pipeline.sample import draw
 
