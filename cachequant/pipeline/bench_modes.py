@@ -13,7 +13,7 @@ import torch
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import CUDA_INT8, Backend, choose_backend
 from cachequant.models.adapter import device_of
-from cachequant.pipeline import bench_peers as peers
+from cachequant.pipeline import bench_peers
 from cachequant.pipeline.compiled import Compile, CompiledAdapter, Whole, inductor
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import graphed_step
@@ -150,19 +150,19 @@ def _compile_cache(setup: Setup) -> Iterator[Running]:
 @contextmanager
 def _deepcache(setup: Setup) -> Iterator[Running]:
     cache = setup.context.config.cache
-    with peers.deepcache(setup.context.adapter, cache.interval, cache.branch, setup.compile) as adapter:
+    with bench_peers.deepcache(setup.context.adapter, cache.interval, cache.branch, setup.compile) as adapter:
         yield setup.running(adapter, setup.some, graphs=True)
 
 
 @contextmanager
 def _cache_dit(setup: Setup) -> Iterator[Running]:
-    with peers.cache_dit(setup.context, setup.context.config.cache.interval, setup.compile) as (step, cache):
+    with bench_peers.cache_dit(setup.context, setup.context.config.cache.interval, setup.compile) as (step, cache):
         yield Running(step, cache, (setup.context.adapter.denoiser,))
 
 
 @contextmanager
 def _torchao(setup: Setup) -> Iterator[Running]:
-    with peers.torchao(setup.context) as network:
+    with bench_peers.torchao(setup.context) as network:
         running = setup.running(Whole(network, setup.compile), setup.every, graphs=True)
         yield replace(running, holds=(network,))
 

@@ -19,7 +19,7 @@ from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
 from cachequant.models.loading import load_pipeline
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.report_page import Findings, write_findings
+from cachequant.pipeline.report_page import PageContent, write_plan_page
 from cachequant.pipeline.sample import Samples, draw
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.store import StageStore
@@ -94,8 +94,8 @@ def write_plan_report(folder: Path, out: Path, count: int = 6, device: str = "au
     rows = [measure(row, used, samples) for row, (used, _, samples) in drawn.items()]
     samples = {row: made for row, (_, _, made) in drawn.items()}
     costs, curves = _stage_outputs(context, subject.stages)
-    findings = Findings(name, subject.plans, rows, samples, costs, curves, pipe)
-    write_findings(findings, out)
+    content = PageContent(name, subject.plans, rows, samples, costs, curves, pipe)
+    write_plan_page(content, out)
     return rows
 
 

@@ -152,8 +152,10 @@ def _findings(subject: StudySubject, curves: dict[str, dict[str, Tensor]], count
         "Accumulated error of the sample on its path": _figure(curves, ("x_t",), label),
     }
     if has_sum:
-        ends = {name: curves[name] for name in ("uncorrected", list(curves)[-1])}
-        figures["Measured error of the sample and its local errors added up"] = _figure(ends, ("x_t", added), label)
+        whole = list(curves)[-1]
+        ends = {name: curves[name] for name in ("uncorrected", whole)}
+        caption = f"Measured error of the sample and its local errors added up, uncorrected and of {whole}"
+        figures[caption] = _figure(ends, ("x_t", added), label)
     notes = [
         ("What was measured", f"{count} samples of noise that no calibration has seen. At every step both networks predict "
          "from the same x_t: local where full precision leads, on its own path where the accelerated model leads."),

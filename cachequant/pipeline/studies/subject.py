@@ -8,13 +8,10 @@ from pathlib import Path
 from cachequant.config import load_config
 from cachequant.errors import UserError
 from cachequant.models.loading import load_pipeline
-from cachequant.pipeline.context import Context
+from cachequant.pipeline.context import JUDGING, Context
 from cachequant.pipeline.report import Subject
 from cachequant.pipeline.stages import Stages
 from cachequant.plan import Plan
-
-NOISE = 4_000_000
-"""Offset of the seeds on which studies judge: no calibration has seen them."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class StudySubject:
         return self.given or self.stages.plan()[0]
 
     def judging(self, count: int) -> tuple[Context, list[int]]:
-        """A context that draws `count` images at once where they fit in a batch, and their seeds."""
+        """A context that draws `count` images at once where they fit in a batch, and seeds of noise that is new to it."""
         config = self.context.config
         size = min(count, max(config.sample.batch_size, config.calibration.batch_size))
         sized = replace(config, sample=replace(config.sample, batch_size=size))
-        return replace(self.context, config=sized), self.context.seeds(NOISE, count)
+        return replace(self.context, config=sized), self.context.seeds(JUDGING, count)

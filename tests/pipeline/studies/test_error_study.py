@@ -13,10 +13,10 @@ import torch
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.evaluation.errors import path_error
-from cachequant.pipeline.context import Context
+from cachequant.pipeline.context import JUDGING, Context
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.studies.error import added_up, follow, is_plain_ddim, study
-from cachequant.pipeline.studies.subject import NOISE, StudySubject
+from cachequant.pipeline.studies.subject import StudySubject
 
 Configure = Callable[..., RunConfig]
 
@@ -87,7 +87,7 @@ def test_the_study_has_every_part_of_the_plan_and_leaves_the_pipeline_as_it_was(
     rows = found.numbers["rows"]
     assert list(rows) == ["cache alone", "cache corrected", "uncorrected", "cachequant"]
     context, plan = subject.context, subject.plan()
-    seeds = context.seeds(NOISE, 3)
+    seeds = context.seeds(JUDGING, 3)
     local, free = follow(context, plan, seeds, False), follow(context, plan, seeds, True)
     assert rows["cachequant"]["x_t"] == pytest.approx(path_error(free.x, local.x).tolist(), rel=1e-4)
     assert len(found.figures) == 4 and len(found.tables[0].lines) == 4
