@@ -1,7 +1,7 @@
 """One of the paper's tables, measured: every row calibrated, sampled and judged by the commands that a user would type.
 
 What a command made is kept by content: stage outputs and images as `cachequant run` keeps them, metrics under the hash of
-the images, the reference and the metrics. So a second call only does what is missing.
+the images, the reference, the metrics and the networks that the user names. So a second call only does what is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from cachequant.evaluation.plots import save_figure
 from cachequant.evaluation.rows import FULL
 from cachequant.evaluation.table_figure import table_figure
 from cachequant.evaluation.tables import Comparison, Figures, Part, Row, read_table, to_csv
+from cachequant.evaluation.weights import named_folder
 from cachequant.lock import writer_lock
 from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
 from cachequant.models.loading import load_pipeline, torch_device
@@ -168,8 +169,11 @@ class Workbench:
         arguments += ["--prompts", prompts] if prompts else []
         arguments += ["--resize", str(resize)] if resize else []
         arguments += ["--weights", str(self.options.weights)] if self.options.weights else []
-        seen = [self._print(images), self._print(Path(reference)) if reference else None, list(read_prompts(prompts))]
-        key = content_hash({"seen": seen, "metrics": list(metrics), "resize": resize})
+        weights = named_folder(self.options.weights)
+        seen = [self._print(images), *(None if p is None else self._print(Path(p)) for p in (reference, weights))]
+        key = content_hash(
+            {"seen": seen, "prompts": list(read_prompts(prompts)), "metrics": list(metrics), "resize": resize}
+        )
         kept = self._folder / "metrics" / f"{key[:24]}.json"
         if not kept.is_file():
             record = self._command("evaluate", str(images), *arguments)
