@@ -19,9 +19,9 @@ from cachequant import __version__
 from cachequant.errors import UserError
 from cachequant.models.adapter import device_of
 from cachequant.models.cost import float_bytes
-from cachequant.pipeline.bench import first_call
 from cachequant.pipeline.bench_modes import MODES, Mode, Running, Setup
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.memory import held_bytes
 from cachequant.pipeline.timing_plan import timing_plan

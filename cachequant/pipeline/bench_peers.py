@@ -15,9 +15,9 @@ from cachequant.cache.deepcache import shallow_copy
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.evaluation.peers import package_branch
 from cachequant.models.adapter import Adapter
-from cachequant.pipeline.bench import first_call
 from cachequant.pipeline.compiled import Compile, Whole
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.schedule import uniform_schedule
 from cachequant.types import AffineMap

@@ -30,11 +30,11 @@ from cachequant.evaluation.table_figure import table_figure
 from cachequant.evaluation.tables import Comparison, Figures, Part, Row, read_table, to_csv
 from cachequant.evaluation.weights import named_folder
 from cachequant.lock import writer_lock
-from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
+from cachequant.models.cost import float_bytes, plan_bytes, run_macs
 from cachequant.models.loading import load_pipeline, torch_device
 from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.report import first_calls
+from cachequant.pipeline.first_calls import evaluation_macs
 from cachequant.pipeline.table_recipe import Options, Recipe
 from cachequant.plan import Plan
 from cachequant.storage import content_hash, file_hash, load_json, save_json, write_atomically
@@ -220,9 +220,7 @@ class Workbench:
         """What an evaluation costs; the cut of the network is the same in all rows."""
         config = self._config(row)
         context = Context.of(load_pipeline(config.model, self.options.device), config)
-        macs = [step_macs(context.adapter, c.x, torch.as_tensor(c.timestep), c.kwargs) for c in first_calls(context)]
-        full, cached = (sum(each) for each in zip(*macs, strict=True))
-        return Costs(full, cached, float_bytes(context.adapter.denoiser), context.num_steps)
+        return Costs(*evaluation_macs(context), float_bytes(context.adapter.denoiser), context.num_steps)
 
     @property
     def _folder(self) -> Path:
