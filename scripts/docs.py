@@ -23,7 +23,7 @@ from cachequant import plan as plan_module
 from cachequant import storage
 from cachequant.cli import build_parser
 from cachequant.config import RunConfig, repository_folder
-from cachequant.config_values import allowed_values
+from cachequant.config_values import FORMATS, allowed_values
 from cachequant.plan import TENSOR_FILES, ModelIdentity, Plan
 from cachequant.types import (
     ActivationTable,
@@ -37,27 +37,36 @@ from cachequant.types import (
 )
 
 FOLDER = repository_folder() / "assets" / "docs"
-TENSORS: tuple[tuple[str, type, str, str], ...] = (
-    (r"(\.input|^operands.*)\.scale$", ActivationTable, "scale", ""),
-    (r"(\.input|^operands.*)\.zero_point$", ActivationTable, "zero_point", ""),
-    (r"(\.input|^operands.*)\.bits$", ActivationTable, "bits", ""),
-    (
-        r"\.weight$",
-        WeightGrid,
-        "values",
-        "of at most 4 bits two to a byte, flattened, the first in the lower half; else ",
+PER_STEP = "a row for each of the steps: "
+FORMAT = f"place in {', '.join(FORMATS)}, absent where it is {FORMATS[0]}: "
+TENSORS: dict[str, tuple[tuple[str, type, str, str], ...]] = {
+    "correction.safetensors": (
+        (r"\.steps$", ActivationTable, "steps", ""),
+        (r"\.scale$", AffineMap, "scale", PER_STEP),
+        (r"\.shift$", AffineMap, "shift", PER_STEP),
+        (r"\.previous$", AffineMap, "previous", PER_STEP),
     ),
-    (r"\.weight_scale$", WeightGrid, "scale", ""),
-    (r"\.weight_zero_point$", WeightGrid, "zero_point", ""),
-    (r"\.weight_grid$", WeightGrid, "bits", "[1 + dimensions] bits, then the shape of the weight; bits: "),
-    (r"\.widths$", LayerQuant, "widths", ""),
-    (r"\.steps$", ActivationTable, "steps", ""),
-    (r"\.scale$", AffineMap, "scale", "a row for each of the steps: "),
-    (r"\.shift$", AffineMap, "shift", "a row for each of the steps: "),
-    (r"\.previous$", AffineMap, "previous", "a row for each of the steps: "),
-    (r"", Remainder, "tensors", ""),
-)
-"""Pattern of a tensor's name, the attribute that it holds, and what its form in the file adds; the first that fits."""
+    "quant.safetensors": (
+        (r"\.steps$", ActivationTable, "steps", ""),
+        (r"\.scale$", ActivationTable, "scale", ""),
+        (r"\.zero_point$", ActivationTable, "zero_point", ""),
+        (r"\.bits$", ActivationTable, "bits", ""),
+        (r"\.format$", ActivationTable, "format", FORMAT),
+        (
+            r"\.weight$",
+            WeightGrid,
+            "values",
+            "of at most 4 bits two to a byte, flattened, the first in the lower half; else ",
+        ),
+        (r"\.weight_scale$", WeightGrid, "scale", ""),
+        (r"\.weight_zero_point$", WeightGrid, "zero_point", ""),
+        (r"\.weight_grid$", WeightGrid, "bits", "[1 + dimensions] bits, then the shape of the weight; bits: "),
+        (r"\.weight_format$", WeightGrid, "format", FORMAT),
+        (r"\.widths$", LayerQuant, "widths", ""),
+    ),
+    "remainder.safetensors": ((r"", Remainder, "tensors", ""),),  # whose names are the network's own
+}
+"""File -> pattern of a tensor's name, the attribute that it holds, what its form in the file adds; the first that fits."""
 MADE = "<!-- Written by scripts/docs.py from the code: change the docstrings there, then run it. -->"
 
 
@@ -189,31 +198,41 @@ def plan_format() -> str:
         lines += [f"| `{key}` | {_cell(attributes(kind)[key])} |" for key in record[name]]
     for name, tensors in files.items():
         lines += ["", f"## {name}", "", "| tensor | type, dimensions | meaning |", "| --- | --- | --- |"]
-        lines += tensor_rows(tensors)
+        lines += tensor_rows(name, tensors)
     return _text(lines)
 
 
 def example() -> Plan:
-    """A plan with everything that the format knows: split layers of 8 and 4 bits, attention operands, all corrections."""
-    table = ActivationTable(torch.arange(2, dtype=torch.int32), torch.ones(2), torch.zeros(2), 8)
-    grids = tuple(
-        WeightGrid(torch.zeros(3, 2, 1, 1, dtype=torch.uint8), torch.ones(3), torch.zeros(3), b) for b in (8, 4)
-    )
-    layer = LayerQuant(grids, (table, table), (2, 2))
+    """A plan with all that the format knows: split layers of every format and width, attention operands, corrections."""
+    tables = [
+        ActivationTable(torch.arange(2, dtype=torch.int32), torch.ones(2), torch.zeros(2), 8, each) for each in FORMATS
+    ]
+    grids = [
+        WeightGrid(torch.zeros(3, 2, 1, 1, dtype=torch.uint8), torch.ones(3), torch.zeros(3), bits, each)
+        for bits, each in zip((8, 8, 4), FORMATS, strict=True)
+    ]
+    layer = LayerQuant(tuple(grids), tuple(tables), (2,) * len(grids))
     maps = {1: AffineMap(torch.ones(2), torch.zeros(2), torch.zeros(2))}
     correction = Correction(maps, {"NAME": {1: AffineMap.identity(3)}}, maps)
     schedule = Schedule((0,), 2, 2, cost=1.0, uniform_cost=1.0)
-    quant = QuantState({"NAME": layer}, {"NAME.query": table})
+    quant = QuantState({"NAME": layer}, {"NAME.query": tables[-1]})
     identity = ModelIdentity("", "", "", "none")
     remainder = Remainder({"NAME": torch.zeros(1)}, {"class": ""})
     return Plan(RunConfig(), identity, (1, 0), schedule, correction, quant, {}, remainder)
 
 
-def tensor_rows(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """One line per kind of tensor, explained by the attribute that it holds."""
+def tensor_rows(file: str, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """One line per kind of tensor, explained by the attribute that it holds.
+
+    Raises:
+        KeyError: `TENSORS` does not know one.
+    """
     rows: dict[str, str] = {}
     for name, tensor in tensors.items():
-        _, kind, attribute, more = next(entry for entry in TENSORS if re.search(entry[0], name))
+        known = next((entry for entry in TENSORS[file] if re.search(entry[0], name)), None)
+        if known is None:
+            raise KeyError(f"{file} holds {name}, which TENSORS does not explain: add it there")
+        _, kind, attribute, more = known
         place = re.sub(r"^(layers\.NAME\.)\d", r"\1SEGMENT", name)
         text = f"{more}{attributes(kind)[attribute]}"
         rows.setdefault(place, f"| `{place}` | {str(tensor.dtype)[6:]}, {tensor.dim()} | {_cell(text)} |")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from cachequant import plan as plan_module
 from cachequant.cli import build_parser
@@ -70,11 +72,22 @@ def test_every_tensor_of_the_format_is_explained_by_the_attribute_that_it_holds(
         "output.scale",
         "layers.NAME.SEGMENT.weight",
         "layers.NAME.widths",
+        "layers.NAME.SEGMENT.weight_format",
+        "layers.NAME.SEGMENT.input.format",
+        "operands.NAME.query.format",
     ):
         assert f"| `{name}` |" in page
     assert docs.attributes(plan_module.Schedule)["interval"] in page
-    for pattern, kind, attribute, _ in docs.TENSORS:
+    for pattern, kind, attribute, _ in itertools.chain(*docs.TENSORS.values()):
         assert docs.attributes(kind)[attribute], pattern
+
+
+def test_a_tensor_that_is_not_explained_is_refused(docs: ModuleType) -> None:
+    for file in ("correction.safetensors", "quant.safetensors"):
+        with pytest.raises(KeyError, match=f"{file} holds layers.NAME.0.new"):
+            docs.tensor_rows(file, {"layers.NAME.0.new": torch.zeros(1)})
+    (row,) = docs.tensor_rows("remainder.safetensors", {"conv_in.bias": torch.zeros(1)})
+    assert row.startswith("| `conv_in.bias` | float32, 1 |")
 
 
 def test_check_says_which_page_is_stale(

@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cachequant.config import repository_folder
-from cachequant.evaluation import measures
+from cachequant.evaluation import measures, weights
 from cachequant.evaluation.inception import Inception, InceptionFeatures
+from cachequant.evaluation.tables import read_table
 from cachequant.pipeline import reproduce as driver
 from cachequant.pipeline import table_recipe
+from cachequant.pipeline.table_recipe import Options, Recipe
 
 SMALL = [
     "--miniature", "--count", "4", "--device", "cpu", "--set", "sampler.steps=6", "--set", "calibration.samples=2",
@@ -144,6 +146,33 @@ def test_every_latent_miniature_stands_in(name: str, row: str, script: ModuleTyp
     assert float(found[row, "psnr"]["ours"]) > 5
     if name == "sd":
         assert 0 <= float(found[row, "retrieval"]["ours"]) <= 1
+
+
+def test_metrics_are_kept_for_the_networks_that_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder that --weights or the environment names, and of none."""
+    judged: list[list[str]] = []
+
+    def command(argv: list[str]) -> int:
+        judged.append(argv)
+        Path(argv[argv.index("--json") + 1]).write_text(json.dumps({"metrics": {"fid": float(len(judged))}}))
+        return 0
+
+    monkeypatch.setattr(driver, "command_line", command)
+    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    for name in ("images", "first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "network.bin").write_bytes(b"x" * len(name))
+    (part,) = read_table("cifar")
+
+    def judge(folder: str | None) -> float:
+        options = Options(tmp_path / "out", miniature=True, weights=None if folder is None else tmp_path / folder)
+        (tmp_path / "out" / "fashion").mkdir(parents=True, exist_ok=True)
+        bench = driver.Workbench(part, Recipe.of(part, options), options)
+        return bench._evaluate(tmp_path / "images", ("fid",), None)["fid"]
+
+    assert [judge(folder) for folder in (None, "first", "second", None, "second", "first")] == [1, 2, 3, 1, 3, 2]
+    monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "first"))
+    assert judge(None) == 2 and len(judged) == 3
 
 
 def test_several_workers_are_processes_of_their_own(

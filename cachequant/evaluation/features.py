@@ -88,5 +88,10 @@ def fashion_statistics(folder: Path | None = None) -> Gaussian:
     Raises:
         UserError: the file is absent or damaged.
     """
-    tensors = load_tensors((folder or assets_folder() / "fashion-cnn") / TEST_STATISTICS)
+    path = (folder or assets_folder() / "fashion-cnn") / TEST_STATISTICS
+    tensors = load_tensors(path)
+    if not {"mean", "covariance"} <= set(tensors):
+        raise UserError(
+            f"{path} holds {sorted(tensors)}, expected mean and covariance: run scripts/train/train_fashion_cnn.py"
+        )
     return tensors["mean"], tensors["covariance"]

@@ -31,6 +31,8 @@ from cachequant.models.loading import Generator
 PACKAGES = {"deepcache": "DeepCache", "dbcache": "cache_dit", "taylorseer": "cache_dit"}
 BISECTIONS = 7
 ANYTHING = 1 - 1e-6
+PLACES = 3
+"""Numbers that DeepCache has for the resnets of a block."""
 EQUAL_PSNR = 100.0
 """dB that images equal to the full model's count, where the definition is infinite."""
 
@@ -170,7 +172,7 @@ def draw_peer(setting: Setting, generator: Generator, seeds: Sequence[int], batc
         UserError: the package is not there.
     """
     twin = _twin(generator.pipe)
-    count = _StepCount(twin)
+    count = _StepCount(twin, setting.options.get("Fn_compute_blocks", 0))
     _ATTACH[setting.peer](twin, setting.options)
     draw = replace(generator, pipe=twin)
     start = time.perf_counter()
@@ -195,21 +197,26 @@ def _twin(pipe: Any) -> Any:
 
 @dataclass
 class _StepCount:
-    """Counts evaluations, and those that reach the middle of the network."""
+    """Counts evaluations, and those that run what cached steps leave out.
+
+    Attributes:
+        pipe: with its own denoiser.
+        first_cached: the first block of a transformer that cached steps leave out.
+    """
 
     pipe: Any
+    first_cached: int
     every: int = field(default=0, init=False)
     deep: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         denoiser: Any = denoiser_of(self.pipe)
         if hasattr(denoiser, "up_blocks"):
-            first, middle = denoiser.conv_in, denoiser.mid_block.resnets[0]
+            first, deep = denoiser.conv_in, denoiser.mid_block.resnets[0]
         else:
-            blocks = block_list(denoiser)
-            first, middle = denoiser.pos_embed, blocks[len(blocks) // 2]
+            first, deep = denoiser.pos_embed, block_list(denoiser)[self.first_cached]
         first.register_forward_hook(lambda *_: self._add("every"))
-        middle.register_forward_hook(lambda *_: self._add("deep"))
+        deep.register_forward_hook(lambda *_: self._add("deep"))
 
     def _add(self, name: str) -> None:
         setattr(self, name, getattr(self, name) + 1)
@@ -221,14 +228,30 @@ class _StepCount:
 
 
 def deepcache_choices(pipe: Any, budget: Budget) -> list[Setting]:
-    """Uniform intervals, and the branches that leave at most our decoder positions to cached steps.
+    """Uniform intervals, and the branches that leave at most our decoder positions to cached steps."""
+    branches = [package_branch(denoiser_of(pipe), branch) for branch in range(budget.cache.branch + 1)]
+    return [Setting("deepcache", {"cache_interval": budget.cache.interval, "cache_branch_id": b}) for b in branches]
+
+
+def package_branch(denoiser: Any, branch: int) -> int:
+    """DeepCache's number for our `cache.branch`, which leaves that many decoder positions and one more to cached steps.
 
     The package numbers resnets from the end, three places a block, whether or not a block has three (`set_params`).
+
+    Raises:
+        UserError: it has no number for that position.
     """
-    denoiser: Any = denoiser_of(pipe)
-    places = [3 * b + i for b, block in enumerate(reversed(denoiser.up_blocks)) for i in range(len(block.resnets))]
-    branches = places[: budget.cache.branch + 1]
-    return [Setting("deepcache", {"cache_interval": budget.cache.interval, "cache_branch_id": b}) for b in branches]
+    left = branch
+    for block, up_block in enumerate(reversed(denoiser.up_blocks)):
+        resnets = len(up_block.resnets)
+        if left < min(resnets, PLACES):
+            return PLACES * block + left
+        left -= resnets
+        if left < 0:
+            break
+    raise UserError(
+        f"cache.branch is {branch}, expected one of the last {PLACES} resnets of a decoder block for DeepCache: change it"
+    )
 
 
 def _attach_deepcache(twin: Any, options: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from cachequant import __version__
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.machine import processor_name
 from cachequant.pipeline.sample import backend_of
@@ -96,23 +97,6 @@ def format_bench(result: dict[str, Any]) -> str:
         full = f"{base['ms_full_step'] / row['ms_full_step']:.2f}×" if row["ms_full_step"] else "–"
         lines.append(f"{row['mode']:<12}{''.join(cells)}   {base['ms_per_step'] / row['ms_per_step']:.2f}×, {full}")
     return "\n".join(lines)
-
-
-class _Enough(Exception):
-    """The first evaluation has been seen."""
-
-
-def first_call(context: Context) -> Call:
-    """The first evaluation that the pipeline asks for, with a batch of `sample.batch_size` images."""
-    caught: list[Call] = []
-
-    def step(call: Call) -> Tensor:
-        caught.append(call)
-        raise _Enough
-
-    with suppress(_Enough):
-        _run(context, step, FeatureCache(uniform_schedule(context.num_steps, 1)), "first call")
-    return caught[0]
 
 
 def _run(context: Context, step: StepFunction, cache: FeatureCache, label: str) -> None:

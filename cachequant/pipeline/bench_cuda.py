@@ -19,9 +19,9 @@ from cachequant import __version__
 from cachequant.errors import UserError
 from cachequant.models.adapter import device_of
 from cachequant.models.cost import float_bytes
-from cachequant.pipeline.bench import first_call
 from cachequant.pipeline.bench_modes import MODES, Mode, Running, Setup
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.memory import held_bytes
 from cachequant.pipeline.timing_plan import timing_plan
@@ -178,7 +178,7 @@ class Timer:
         self.float32_bytes = float_bytes(context.adapter.denoiser)
 
     def run(self, label: str, mode: Mode, setup: Setup) -> tuple[Loops, Row]:
-        """One loop that does not count and `rounds` that do: their times, and medians with the memory that they took."""
+        """One loop that does not count and `rounds` that do: their times, and medians with what else the row says."""
         warm, loops, gpu = Loops(), Loops(), self.device.type == "cuda"
         with mode.make(setup) as running:
             self._loop(label, running, warm)
@@ -188,12 +188,14 @@ class Timer:
             for _ in range(self.rounds):
                 self._loop(label, running, loops)
             weights = held_bytes(running.holds, self.device)
-        memory = {
+        more = {
+            "graphs": running.graphs,
+            "simulated": dict(running.simulated),
             "weight_bytes": weights,
             "weight_share_of_fp32": weights / self.float32_bytes,
             "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
         }
-        return loops, _numbers(self, loops) | memory
+        return loops, _numbers(self, loops) | more
 
     def _loop(self, label: str, running: Running, loops: Loops) -> None:
         marks: list[tuple[bool, Any, Any]] = []
@@ -261,8 +263,16 @@ def format_row(row: Row) -> str:
     peak = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 2**30:6.2f} GiB"
     return (
         f"{row['mode']:<19}{''.join(cells)} ms/step, full, cached  {row['images_per_second']:8.2f} images/s"
-        f"  weights {row['weight_share_of_fp32']:.3f}x fp32{peak}  ({row['seconds_with_setup']:.0f} s)"
+        f"  weights {row['weight_share_of_fp32']:.3f}x fp32{peak}  {_graphs(row)}  ({row['seconds_with_setup']:.0f} s)"
     )
+
+
+def _graphs(row: Row) -> str:
+    """Whether the steps were graphs, and what kept them from it."""
+    if row["graphs"] or not row["simulated"]:
+        return "graphs" if row["graphs"] else "no graphs"
+    (name, reason), *others = row["simulated"].items()
+    return f"NO GRAPHS, {name}{f' and {len(others)} more' if others else ''} simulated: {reason}"
 
 
 def format_ratios(result: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ import torch
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import CUDA_INT8, Backend, choose_backend
 from cachequant.models.adapter import device_of
-from cachequant.pipeline import bench_peers as peers
+from cachequant.pipeline import bench_peers
 from cachequant.pipeline.compiled import Compile, CompiledAdapter, Whole, inductor
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import graphed_step
@@ -21,7 +21,8 @@ from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Repla
 from cachequant.pipeline.hook import StepFunction
 from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.plan import Plan
-from cachequant.quant.deploy import attach
+from cachequant.quant.convert import QuantizedNetwork
+from cachequant.quant.deploy import Deployment, attach
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction, Schedule
 
@@ -34,11 +35,15 @@ class Running:
         step: evaluates the denoiser.
         cache: counts the steps.
         holds: objects whose memory is the denoiser's.
+        graphs: whether its steps are CUDA graphs.
+        simulated: layer -> why it is simulated, which keeps a plan's steps from being graphs.
     """
 
     step: StepFunction
     cache: FeatureCache
     holds: tuple[Any, ...]
+    graphs: bool = False
+    simulated: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,7 +85,7 @@ class Setup:
         cache = FeatureCache(schedule, channel_dim=self.context.adapter.channel_dim)
         if graphs:
             adapter = GraphedAdapter(adapter, cache, None, self.record())
-        return Running(accelerated_step(adapter, cache, Correction()), cache, (self.context.adapter.denoiser,))
+        return Running(accelerated_step(adapter, cache, Correction()), cache, (self.context.adapter.denoiser,), graphs)
 
     @property
     def every(self) -> Schedule:
@@ -150,19 +155,19 @@ def _compile_cache(setup: Setup) -> Iterator[Running]:
 @contextmanager
 def _deepcache(setup: Setup) -> Iterator[Running]:
     cache = setup.context.config.cache
-    with peers.deepcache(setup.context.adapter, cache.interval, cache.branch, setup.compile) as adapter:
+    with bench_peers.deepcache(setup.context.adapter, cache.interval, cache.branch, setup.compile) as adapter:
         yield setup.running(adapter, setup.some, graphs=True)
 
 
 @contextmanager
 def _cache_dit(setup: Setup) -> Iterator[Running]:
-    with peers.cache_dit(setup.context, setup.context.config.cache.interval, setup.compile) as (step, cache):
+    with bench_peers.cache_dit(setup.context, setup.context.config.cache.interval, setup.compile) as (step, cache):
         yield Running(step, cache, (setup.context.adapter.denoiser,))
 
 
 @contextmanager
 def _torchao(setup: Setup) -> Iterator[Running]:
-    with peers.torchao(setup.context) as network:
+    with bench_peers.torchao(setup.context) as network:
         running = setup.running(Whole(network, setup.compile), setup.every, graphs=True)
         yield replace(running, holds=(network,))
 
@@ -192,10 +197,17 @@ def _integer_steps(setup: Setup, plan: Plan) -> Iterator[Running]:
         else:
             context = getattr(handle, "context", None)
             step = graphed_step(adapter, cache, plan.correction, tables, setup.record(), context)
-        yield Running(step, cache, (adapter.denoiser, handle))
+        yield Running(step, cache, (adapter.denoiser, handle), tables is not None, simulated_layers(handle))
     finally:
         handle.remove()
         adapter.rebuild()
+
+
+def simulated_layers(handle: QuantizedNetwork | Deployment) -> dict[str, str]:
+    """Layer -> why it is simulated, of what `attach` returned."""
+    if isinstance(handle, Deployment):
+        return handle.reasons
+    return dict.fromkeys([*handle.layers, *handle.attentions], "the backend simulates every layer")
 
 
 def _integers(context: Context) -> Backend:
@@ -222,7 +234,9 @@ MODES: dict[str, Mode] = {
     "torchao": Mode(
         "torchao's dynamic INT8 linear layers, torch.compile in a CUDA graph", _torchao, package="torchao"
     ),
-    "int8": Mode("INT8, every step in full, CUDA graphs", _int8),
-    "cachequant": Mode("INT8 and cached steps with all corrections, CUDA graphs", _cachequant),
+    "int8": Mode("INT8, every step in full, CUDA graphs where no layer is simulated", _int8),
+    "cachequant": Mode(
+        "INT8 and cached steps with all corrections, CUDA graphs where no layer is simulated", _cachequant
+    ),
 }  # fmt: skip
 """Name -> mode, in the order in which they run."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from cachequant.cache.deepcache import shallow_copy
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.evaluation.peers import package_branch
 from cachequant.models.adapter import Adapter
-from cachequant.pipeline.bench import first_call
 from cachequant.pipeline.compiled import Compile, Whole
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.schedule import uniform_schedule
 from cachequant.types import AffineMap
@@ -36,7 +37,7 @@ def deepcache(adapter: Adapter, interval: int, branch: int, compile: Compile) ->
 
     denoiser: Any = adapter.denoiser
     helper = DeepCacheSDHelper(SimpleNamespace(unet=denoiser, scheduler=None))
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.set_params(cache_interval=interval, cache_branch_id=package_branch(denoiser, branch))
     helper.enable()
     del vars(denoiser)["forward"]  # which would look the position up
     helper.start_timestep = 0

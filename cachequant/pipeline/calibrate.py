@@ -16,7 +16,7 @@ from cachequant.costs import COSTS, Band, band_for
 from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.effect import effect_weights
-from cachequant.pipeline.features import gather_moments
+from cachequant.pipeline.features import calibration_cache, gather_moments
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.inputs import KeptInputs, StepInput
 from cachequant.pipeline.spread import Spread, denoised_factors
@@ -190,7 +190,7 @@ def budget_schedule(
 ) -> Schedule:
     """The best schedule within an allowance, with groups as long as those of the interval may be."""
     costs = group_costs(calibration.band, calibration.weights, COSTS[calibration.cost].coherent)
-    full, cached = torch.tensor(allowance.full), torch.tensor(allowance.cached)
+    full, cached = (torch.tensor(each, dtype=torch.float64) for each in (allowance.full, allowance.cached))
     found = solve_budget(costs, full, cached, allowance.budget, math.ceil(interval / 2))
     return Schedule(found.refresh_steps, len(costs), interval, found.cost, uniform_cost)
 
@@ -210,9 +210,9 @@ class HeldOut:
         context, settings = self.context, self.context.config.correction
         fits = settings.cache
         maps = solve_maps(gather_moments(context, schedule), settings.ridge, settings.inflation) if fits else {}
-        cache = FeatureCache(schedule, 2, context.adapter.channel_dim)
+        cache = calibration_cache(context, schedule)
         made = self._images(accelerated_step(context.adapter, cache, Correction(maps)), schedule, cache)
-        return float((made - self.exact).square().mean())
+        return float((made - self.exact).double().square().mean())
 
     def _images(self, step: StepFunction, schedule: Schedule, cache: FeatureCache | None = None) -> Tensor:
         batches = self.context.run(step, cache or FeatureCache(schedule), self.seeds, "1 held out")

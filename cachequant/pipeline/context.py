@@ -19,8 +19,9 @@ from cachequant.models.prompts import read_prompts, refuse_shared_prompts
 from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
 from cachequant.plan import ModelIdentity
 
-FRESH, HELD_OUT, ROUNDING = 1_000_000, 2_000_000, 3_000_000
-"""Offsets of the seeds of stage 2's fresh trajectories, the schedule's held-out noise and the rounding's trajectories."""
+FRESH, HELD_OUT, ROUNDING, JUDGING = 1_000_000, 2_000_000, 3_000_000, 4_000_000
+"""Offsets of the seeds of stage 2's fresh trajectories, the schedule's held-out noise, the rounding's trajectories and the
+noise on which studies judge."""
 
 
 @dataclass(frozen=True)

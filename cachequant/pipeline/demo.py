@@ -21,9 +21,10 @@ from cachequant.evaluation.plots import error_figure, quality_figure, save_figur
 from cachequant.evaluation.rows import Row, format_table, rows_to_json
 from cachequant.kernels.backend import choose_backend
 from cachequant.models.adapter import device_of
-from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
+from cachequant.models.cost import float_bytes, plan_bytes, run_macs
 from cachequant.models.loading import load_pipeline
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import evaluation_macs
 from cachequant.pipeline.sample import Samples, draw
 from cachequant.pipeline.stages import Stages
 from cachequant.plan import Plan
@@ -106,8 +107,7 @@ def _measure(
     """All numbers of one row; images are compared with the full-precision ones of the same noise."""
     features = [extract_features(network, s.images * 2 - 1, 64, context.pipe.device) for s in (samples, full)]
     equal = name == "full"
-    x = torch.zeros(1, *_input_shape(context), device=context.pipe.device)
-    full_macs, cached_macs = step_macs(context.adapter, x, torch.tensor(context.timesteps[0]), {})
+    full_macs, cached_macs = evaluation_macs(context)
     total = float_bytes(context.adapter.denoiser)
     return Row(
         name,
@@ -119,11 +119,6 @@ def _measure(
         bytes=plan_bytes(total, plan) if plan else total,
         seconds=samples.seconds,
     )
-
-
-def _input_shape(context: Context) -> tuple[int, int, int]:
-    config: Any = context.adapter.denoiser.config
-    return config.in_channels, config.sample_size, config.sample_size
 
 
 def _write(folder: Path, outcomes: dict[str, Outcome], pipe: Any) -> None:

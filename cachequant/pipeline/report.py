@@ -9,22 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.evaluation.errors import relative_errors
 from cachequant.evaluation.features import extract_features, load_feature_network
 from cachequant.evaluation.paired import WINDOW, feature_distance, psnr, ssim
 from cachequant.evaluation.rows import FULL, Row
-from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
+from cachequant.models.cost import float_bytes, plan_bytes, run_macs
 from cachequant.models.loading import load_pipeline
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.hook import Call
-from cachequant.pipeline.report_page import Findings, write_findings
+from cachequant.pipeline.first_calls import evaluation_macs
+from cachequant.pipeline.report_page import PageContent, write_plan_page
 from cachequant.pipeline.sample import Samples, draw
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.store import StageStore
 from cachequant.plan import Plan
-from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction
 
 OTHERS = 3
@@ -94,8 +92,8 @@ def write_plan_report(folder: Path, out: Path, count: int = 6, device: str = "au
     rows = [measure(row, used, samples) for row, (used, _, samples) in drawn.items()]
     samples = {row: made for row, (_, _, made) in drawn.items()}
     costs, curves = _stage_outputs(context, subject.stages)
-    findings = Findings(name, subject.plans, rows, samples, costs, curves, pipe)
-    write_findings(findings, out)
+    content = PageContent(name, subject.plans, rows, samples, costs, curves, pipe)
+    write_plan_page(content, out)
     return rows
 
 
@@ -125,9 +123,7 @@ def _draw(pipe: Any, plan: Plan, used: Plan | None, row: str, count: int) -> tup
 
 def _measurer(context: Context, exact: Samples) -> Callable[[str, Plan | None, Samples], Row]:
     """Numbers of a row against the untouched model's images of the same noise."""
-    calls = first_calls(context)
-    macs = [step_macs(context.adapter, call.x, call.timestep, call.kwargs) for call in calls]
-    full_macs, cached_macs = (sum(each) for each in zip(*macs, strict=True))
+    full_macs, cached_macs = evaluation_macs(context)
     total = float_bytes(context.adapter.denoiser)
 
     def measure(name: str, plan: Plan | None, samples: Samples) -> Row:
@@ -153,31 +149,6 @@ def _feature_distance(images: Tensor, exact: Tensor) -> float | None:
         return None
     network = load_feature_network()
     return float(feature_distance(*(extract_features(network, x * 2 - 1) for x in (images, exact))).mean())
-
-
-class _Seen(Exception):
-    """Leaves a run whose first evaluation has been seen."""
-
-
-def first_calls(context: Context) -> list[Call]:
-    """The denoiser calls of one image's first evaluation (two where a pipeline does not batch its guidance)."""
-    calls: list[Call] = []
-
-    def step(call: Call) -> Tensor:
-        """Keep the call; the second evaluation's first one ends it."""
-        if calls and call.opens:
-            raise _Seen
-        calls.append(call)
-        output, _ = context.adapter.full(call.x, call.timestep, **call.kwargs)
-        return output
-
-    cache = FeatureCache(uniform_schedule(context.num_steps, 1), channel_dim=context.adapter.channel_dim)
-    try:
-        for _ in context.run(step, cache, [context.config.sample.seed], "report", 1, sampling=True):
-            pass
-    except _Seen:
-        pass
-    return calls
 
 
 def _stage_outputs(context: Context, folder: Path | None) -> tuple[Tensor | None, dict[str, dict[int, float]]]:

@@ -48,7 +48,7 @@ ROWS = {
 
 
 @dataclass(frozen=True)
-class Findings:
+class PageContent:
     """What the page shows.
 
     Attributes:
@@ -70,28 +70,28 @@ class Findings:
     pipe: Any
 
 
-def write_findings(findings: Findings, out: Path) -> None:
+def write_plan_page(content: PageContent, out: Path) -> None:
     """Write the page atomically.
 
     Raises:
         UserError: the folder is not writable or the disk is full.
     """
-    plan = findings.plans[findings.name]
-    running, backends = _running(findings.pipe, plan)
-    explanations = {**ROWS, findings.name: "the plan"}
-    explanations |= {name: "another plan of this run" for name in list(findings.plans)[1:]}
-    meanings = "\n".join(f"{row.name}: {explanations[row.name]}" for row in findings.rows)
+    plan = content.plans[content.name]
+    running, backends = _running(content.pipe, plan)
+    explanations = {**ROWS, content.name: "the plan"}
+    explanations |= {name: "another plan of this run" for name in list(content.plans)[1:]}
+    meanings = "\n".join(f"{row.name}: {explanations[row.name]}" for row in content.rows)
     blocks = [
-        results_block(findings.rows),
+        results_block(content.rows),
         sections_block([("What the rows are", meanings)]),
-        _pictures(findings.samples),
-        figures_block("Schedule and errors", _figures(findings)),
+        _pictures(content.samples),
+        figures_block("Schedule and errors", _figures(content)),
         facts_block("What runs where", [(line[:12].strip(), line[12:].strip()) for line in running.splitlines()]),
         *_layers(plan, backends),
-        facts_block("How it was made", _facts(findings, plan).items()),
+        facts_block("How it was made", _facts(content, plan).items()),
         facts_block("Configuration", _flat(config_to_dict(plan.config)), folded=True),
     ]
-    write_page(out, f"{plan.config.model.name or plan.identity.model}: {findings.name}", blocks)
+    write_page(out, f"{plan.config.model.name or plan.identity.model}: {content.name}", blocks)
 
 
 def _running(pipe: Any, plan: Plan) -> tuple[str, dict[str, str]]:
@@ -131,20 +131,20 @@ def _tiles(images: Tensor) -> Tensor:
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def _figures(findings: Findings) -> dict[str, bytes]:
+def _figures(content: PageContent) -> dict[str, bytes]:
     """Caption -> PNG."""
-    schedules = {name: plan.schedule for name, plan in findings.plans.items()}
-    paths = {row: made.trajectory for row, made in findings.samples.items() if made.trajectory is not None}
+    schedules = {name: plan.schedule for name, plan in content.plans.items()}
+    paths = {row: made.trajectory for row, made in content.samples.items() if made.trajectory is not None}
     errors = {row: path_error(path, paths[FULL]) for row, path in paths.items() if row != FULL}
-    costs = "" if findings.costs is None else "Distance between neighbouring features on calibration data, and "
+    costs = "" if content.costs is None else "Distance between neighbouring features on calibration data, and "
     figures = {
-        f"{costs}the steps that run the whole network".capitalize(): schedule_figure(schedules, findings.costs),
+        f"{costs}the steps that run the whole network".capitalize(): schedule_figure(schedules, content.costs),
         f"Error of x_t against {FULL}'s trajectory, accumulated over the sampler's steps": error_figure(errors),
     }
-    if findings.curves:
+    if content.curves:
         label = "relative error (share of the norm)"
-        figures["Error of the cached feature at each step on calibration data"] = curve_figure(findings.curves, label)
-    figures[f"Closeness to {FULL}'s images against measured speed"] = quality_figure(findings.rows)
+        figures["Error of the cached feature at each step on calibration data"] = curve_figure(content.curves, label)
+    figures[f"Closeness to {FULL}'s images against measured speed"] = quality_figure(content.rows)
     return {caption: figure_png(figure) for caption, figure in figures.items()}
 
 
@@ -180,17 +180,17 @@ def _bytes(layer: LayerQuant) -> tuple[int, int]:
     return sum(-(-count * bits // 8) for count, bits in counts), sum(4 * count for count, _ in counts)
 
 
-def _facts(findings: Findings, plan: Plan) -> dict[str, str]:
+def _facts(content: PageContent, plan: Plan) -> dict[str, str]:
     """Provenance of the plan, and of this page's numbers."""
-    schedule, device = plan.schedule, findings.pipe.device
+    schedule, device = plan.schedule, content.pipe.device
     facts = {
         "model": f"{plan.identity.model}, weights {plan.identity.weights}",
         "sampler": f"{plan.identity.scheduler}, {schedule.num_steps} evaluations, guidance {plan.identity.guidance}",
-        "images": f"{len(findings.samples[FULL].images)} a row, from seed {plan.config.sample.seed}",
+        "images": f"{len(content.samples[FULL].images)} a row, from seed {plan.config.sample.seed}",
     }
     if schedule.cost is not None and schedule.uniform_cost is not None:
         facts["schedule objective"] = f"{schedule.cost:.6g}, uniform {schedule.uniform_cost:.6g}"
-    if not findings.curves:
+    if not content.curves:
         facts["calibration data"] = "not at hand: stage outputs of this plan are not beside it"
     facts |= {f"plan: {key}": _text(value) for key, value in plan.provenance.items()}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

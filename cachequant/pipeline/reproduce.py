@@ -1,7 +1,7 @@
 """One of the paper's tables, measured: every row calibrated, sampled and judged by the commands that a user would type.
 
 What a command made is kept by content: stage outputs and images as `cachequant run` keeps them, metrics under the hash of
-the images, the reference and the metrics. So a second call only does what is missing.
+the images, the reference, the metrics and the networks that the user names. So a second call only does what is missing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from cachequant.evaluation.plots import save_figure
 from cachequant.evaluation.rows import FULL
 from cachequant.evaluation.table_figure import table_figure
 from cachequant.evaluation.tables import Comparison, Figures, Part, Row, read_table, to_csv
+from cachequant.evaluation.weights import named_folder
 from cachequant.lock import writer_lock
-from cachequant.models.cost import float_bytes, plan_bytes, run_macs, step_macs
+from cachequant.models.cost import float_bytes, plan_bytes, run_macs
 from cachequant.models.loading import load_pipeline, torch_device
 from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.report import first_calls
+from cachequant.pipeline.first_calls import evaluation_macs
 from cachequant.pipeline.table_recipe import Options, Recipe
 from cachequant.plan import Plan
 from cachequant.storage import content_hash, file_hash, load_json, save_json, write_atomically
@@ -168,8 +169,11 @@ class Workbench:
         arguments += ["--prompts", prompts] if prompts else []
         arguments += ["--resize", str(resize)] if resize else []
         arguments += ["--weights", str(self.options.weights)] if self.options.weights else []
-        seen = [self._print(images), self._print(Path(reference)) if reference else None, list(read_prompts(prompts))]
-        key = content_hash({"seen": seen, "metrics": list(metrics), "resize": resize})
+        weights = named_folder(self.options.weights)
+        seen = [self._print(images), *(None if p is None else self._print(Path(p)) for p in (reference, weights))]
+        key = content_hash(
+            {"seen": seen, "prompts": list(read_prompts(prompts)), "metrics": list(metrics), "resize": resize}
+        )
         kept = self._folder / "metrics" / f"{key[:24]}.json"
         if not kept.is_file():
             record = self._command("evaluate", str(images), *arguments)
@@ -216,9 +220,7 @@ class Workbench:
         """What an evaluation costs; the cut of the network is the same in all rows."""
         config = self._config(row)
         context = Context.of(load_pipeline(config.model, self.options.device), config)
-        macs = [step_macs(context.adapter, c.x, torch.as_tensor(c.timestep), c.kwargs) for c in first_calls(context)]
-        full, cached = (sum(each) for each in zip(*macs, strict=True))
-        return Costs(full, cached, float_bytes(context.adapter.denoiser), context.num_steps)
+        return Costs(*evaluation_macs(context), float_bytes(context.adapter.denoiser), context.num_steps)
 
     @property
     def _folder(self) -> Path:

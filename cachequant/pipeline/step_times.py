@@ -13,8 +13,8 @@ from torch import Tensor
 from cachequant.budget import Allowance
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import device_of
-from cachequant.pipeline.bench import first_call
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.sample import backend_of

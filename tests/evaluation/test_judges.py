@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cachequant.errors import UserError
-from cachequant.evaluation.features import FEATURE_CHANNELS, fashion_statistics, load_feature_network
+from cachequant.evaluation.features import FEATURE_CHANNELS, TEST_STATISTICS, fashion_statistics, load_feature_network
 from cachequant.evaluation.frechet import FeatureStatistics, frechet_distance
 from cachequant.evaluation.judges import DrawingFeatures, FashionFeatures, Features
 from cachequant.evaluation.retrieval import load_judge, prompt_similarities, retrieval_accuracy
@@ -108,3 +108,9 @@ def test_the_shipped_statistics_are_of_the_test_images() -> None:
     with torch.no_grad():
         features = torch.cat([load_feature_network().features(x) for x in images.split(1000)])
     torch.testing.assert_close(features.double().mean(0), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_that_lack_a_part_are_one_line(tmp_path: Path) -> None:
+    save_file({"mean": torch.zeros(FEATURE_CHANNELS)}, tmp_path / TEST_STATISTICS)
+    with pytest.raises(UserError, match=r"holds \['mean'\], expected mean and covariance: run scripts/train"):
+        fashion_statistics(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cachequant.config import CacheConfig, RunConfig, load_config, repository_folder
 from cachequant.errors import UserError
+from cachequant.evaluation import peers as module
 from cachequant.evaluation.peers import (
     UNTOUCHED,
     Budget,
@@ -23,6 +25,7 @@ from cachequant.evaluation.peers import (
     draw_peer,
     dynamic_choices,
     masked_choices,
+    package_branch,
     peers_of,
     require_peer,
     step_masks,
@@ -68,6 +71,41 @@ def test_choices_run_no_more_of_the_network_than_we_do() -> None:
         for branch in (0, 1, 2)
     ]
     assert branches == [[0], [0, 1], [0, 1, 3]]  # two resnets a block, in steps of three
+
+
+def test_a_branch_is_the_position_that_the_package_leaves_the_network_at() -> None:
+    """By its own arithmetic: block id // 3 and layer id % 3, both counted from the end."""
+    unet = SimpleNamespace(up_blocks=[SimpleNamespace(resnets=[None] * n) for n in (3, 2, 1)])
+    found = [divmod(package_branch(unet, branch), 3) for branch in range(6)]
+    assert found == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
+    large = SimpleNamespace(up_blocks=[SimpleNamespace(resnets=[None] * 4)] * 2)
+    assert package_branch(large, 4) == 3
+    for beyond in (3, 7, 8):
+        with pytest.raises(UserError, match=rf"cache.branch is {beyond}, expected .* DeepCache"):
+            package_branch(large, beyond)
+
+
+@pytest.mark.parametrize(("front", "back"), [(0, 11), (8, 1), (11, 0), (1, 5)])
+def test_full_steps_are_counted_where_cached_ones_leave_blocks_out(
+    front: int, back: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that runs the blocks before and behind the cached ones at every second evaluation, wherever these lie."""
+
+    def attach(twin: Any, options: dict[str, Any]) -> None:
+        network, seen = twin.transformer, []
+        every = list(network.transformer_blocks)
+        some = every[: options["Fn_compute_blocks"]] + every[12 - options["Bn_compute_blocks"] :]
+
+        def choose(*_: Any) -> None:
+            network.transformer_blocks = torch.nn.ModuleList(some if len(seen) % 2 else every)
+            seen.append(None)
+
+        network.register_forward_pre_hook(choose)
+
+    monkeypatch.setitem(module._ATTACH, "dbcache", attach)
+    at = context("fashion_dit")
+    setting = Setting("dbcache", {"Fn_compute_blocks": front, "Bn_compute_blocks": back})
+    assert draw_peer(setting, at.generator(), [5], 1).full_step_share == 0.5
 
 
 def test_blocks_outside_our_span_are_shared_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache as once
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import nn
 import cachequant as cq
 from cachequant.cli import main
 from cachequant.config import RunConfig
-from cachequant.kernels.backend import CUDA_INT8, Backend
+from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.models.architectures import random_denoiser
 from cachequant.pipeline import bench_modes
 from cachequant.pipeline.bench_cuda import device_plan, format_ratios, run_bench_cuda
 from cachequant.pipeline.bench_modes import MODES, Setup
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.memory import held_bytes
+from cachequant.types import QuantState
 
 Configure = Callable[..., RunConfig]
 OWN = tuple(name for name, mode in MODES.items() if mode.package is None)
@@ -106,12 +108,38 @@ def test_every_mode_of_ours_runs_whole_loops(text: Context) -> None:
         assert row["ms_per_step"] == pytest.approx(1e3 * row["seconds_per_loop"] / 7)
         exact = name not in ("int8", "cachequant")
         assert (row["distance_of_first_output"] < 1e-5) is exact and row["distance_of_first_output"] < 0.2
+        assert row["graphs"] is (name not in ("fp32", "fp32-tf32", "fp16")) and row["simulated"] == {}
     assert Recorder.made == 3 + 2 + 1 + 1  # graph, compile, int8: full; compile-cache, cachequant: full and cached
     after = dict(text.adapter.denoiser.named_parameters())
     assert list(after) == list(before) and all(torch.equal(after[name], p) for name, p in before.items())
     assert not [m for m in text.adapter.denoiser.modules() if m._forward_pre_hooks or m._forward_hooks]
     assert "set_timesteps" not in vars(text.pipe.scheduler)
     assert "cachequant" in format_ratios(result) and json.dumps(result)
+
+
+def test_a_simulated_layer_keeps_the_steps_from_being_graphs_and_is_told(
+    text: Context, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = host_setup(text)
+    plan = setup.plan()
+    assert plan.quant is not None
+    name, layer = next(iter(plan.quant.layers.items()))
+    tables = tuple(replace(table, format="fp8", zero_point=torch.zeros_like(table.scale)) for table in layer.inputs)
+    layers = {**plan.quant.layers, name: replace(layer, inputs=tables)}
+    setup.plan = lambda: replace(plan, quant=QuantState(layers, plan.quant.operands))
+    Recorder.made = 0
+    (row,) = run_bench_cuda(text, ("cachequant",), 1, setup=setup, clock=HostClock())["rows"]
+    assert Recorder.made == 0 and row["graphs"] is False
+    assert row["simulated"] == {name: "fp8 is simulated only, integer backends run int8 and int4"}
+    assert f"NO GRAPHS, {name} simulated: fp8 is simulated only" in capsys.readouterr().out
+
+
+def test_a_backend_that_simulates_everything_names_every_layer(text: Context) -> None:
+    setup = host_setup(text)
+    setup.backend = lambda _: Backend(SIMULATED, "asked for")
+    (row,) = run_bench_cuda(text, ("int8",), 1, setup=setup, clock=HostClock())["rows"]
+    quant = setup.plan().quant
+    assert quant is not None and row["graphs"] is False and set(row["simulated"]) >= set(quant.layers)
 
 
 def test_the_whole_pipeline_takes_longer_than_its_loop(text: Context) -> None:

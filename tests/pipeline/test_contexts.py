@@ -20,6 +20,7 @@ from cachequant.pipeline.calibrate import gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.effect import effect_weights
 from cachequant.pipeline.features import gather_moments
+from cachequant.pipeline.first_calls import evaluation_macs
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import accelerated_step
 from cachequant.schedule import uniform_schedule
@@ -280,3 +281,9 @@ def test_contexts_with_other_conditioning_by_name_are_refused(
     monkeypatch.setattr(type(pipe.unet), "forward", forward)
     with pytest.raises(cq.UserError, match="same conditioning by name"):
         gather(Context.of(pipe, settings(configure)))
+
+
+def test_an_evaluation_costs_the_same_in_one_call_as_in_two(guided: Callable[[str], Any], configure: Configure) -> None:
+    """`_calls` stops at the second evaluation, whose first call comes after both of the first one."""
+    counts = {way: evaluation_macs(Context.of(guided(way), settings(configure))) for way in ("doubled", "two calls")}
+    assert counts["two calls"] == counts["doubled"]

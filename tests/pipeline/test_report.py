@@ -24,8 +24,10 @@ from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.evaluation.html import views_block, write_page
 from cachequant.evaluation.paired import psnr
+from cachequant.models.cost import step_macs
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.report import Subject, first_calls, write_plan_report
+from cachequant.pipeline.first_calls import evaluation_macs, first_call, first_calls
+from cachequant.pipeline.report import Subject, write_plan_report
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 from cachequant.types import Correction
@@ -107,6 +109,20 @@ def test_the_first_evaluation_is_one_call_of_one_image(pipe: Any, configure: Con
     calls = first_calls(Context.of(pipe, configure()))
     assert len(calls) == 1 and len(calls[0].x) == 1 and calls[0].opens
     assert cq.api.find(pipe) is None and "forward" not in vars(pipe.unet)  # type: ignore[attr-defined]
+
+
+def test_the_first_call_of_a_batch_is_had_without_evaluating_it(pipe: Any, configure: Configure) -> None:
+    pipe.unet.conv_in.register_forward_pre_hook(lambda *_: pytest.fail("it was evaluated"))
+    call = first_call(Context.of(pipe, configure("sample.batch_size=3", "sample.seed=7")))
+    assert call.x.shape == (3, 1, 16, 16) and call.opens
+    noise = [torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8, 9)]
+    assert torch.equal(call.x, torch.cat(noise))
+
+
+def test_an_evaluation_costs_what_its_step_costs(pipe: Any, configure: Configure) -> None:
+    context = Context.of(pipe, configure())
+    alone = step_macs(context.adapter, torch.zeros(1, 1, 16, 16), torch.tensor(5), {})
+    assert evaluation_macs(context) == alone and alone[0] > alone[1] > 0
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ from cachequant.types import QuantState
 
 @dataclass(frozen=True)
 class Path:
-    """A trajectory with both predictions at each of its points; guidance contexts stand behind one another in the batch.
+    """Trajectories with both predictions at each of their points, batch after batch and in each its guidance contexts.
 
     Attributes:
         x: [T, n, C, H, W] x_t.
@@ -51,7 +51,7 @@ class Path:
 
 @torch.no_grad()
 def follow(context: Context, plan: Plan, seeds: list[int], free_running: bool) -> Path:
-    """A trajectory of one batch that full precision leads, or with `free_running` the accelerated network.
+    """Trajectories, in the calibration's batches, that full precision leads, or with `free_running` the accelerated network.
 
     Integers are simulated. The accelerated network's own refreshes fill its cache in both cases.
     """
@@ -73,7 +73,7 @@ def follow(context: Context, plan: Plan, seeds: list[int], free_running: bool) -
         return made if free_running else exact
 
     try:
-        context.trajectories(step, cache, seeds, "free-running" if free_running else "local", len(seeds))
+        context.trajectories(step, cache, seeds, "free-running" if free_running else "local")
     finally:
         handle.remove()
         adapter.rebuild()
@@ -108,7 +108,7 @@ def is_plain_ddim(context: Context) -> bool:
 
 
 def study(subject: StudySubject, count: int) -> Findings:
-    """Local and free-running errors of the plan and its parts, on `count` samples in one batch.
+    """Local and free-running errors of the plan and its parts, on `count` samples.
 
     Raises:
         UserError: the plan has neither cached steps nor quantised layers.
@@ -152,8 +152,10 @@ def _findings(subject: StudySubject, curves: dict[str, dict[str, Tensor]], count
         "Accumulated error of the sample on its path": _figure(curves, ("x_t",), label),
     }
     if has_sum:
-        ends = {name: curves[name] for name in ("uncorrected", list(curves)[-1])}
-        figures["Measured error of the sample and its local errors added up"] = _figure(ends, ("x_t", added), label)
+        whole = list(curves)[-1]
+        ends = {name: curves[name] for name in ("uncorrected", whole)}
+        caption = f"Measured error of the sample and its local errors added up, uncorrected and of {whole}"
+        figures[caption] = _figure(ends, ("x_t", added), label)
     notes = [
         ("What was measured", f"{count} samples of noise that no calibration has seen. At every step both networks predict "
          "from the same x_t: local where full precision leads, on its own path where the accelerated model leads."),

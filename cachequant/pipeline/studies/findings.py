@@ -15,6 +15,7 @@ from cachequant import __version__
 from cachequant.config import config_to_dict
 from cachequant.evaluation.html import facts_block, figures_block, sections_block, table_block, write_page
 from cachequant.evaluation.plots import figure_png, save_figure
+from cachequant.evaluation.rows import aligned
 from cachequant.pipeline.context import Context
 from cachequant.storage import save_json
 
@@ -29,11 +30,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned plain text."""
-        lines = [list(self.columns), *self.lines]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["─" * width for width in widths])
-        body = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-        return "\n".join([self.heading, *("  ".join(line).rstrip() for line in body)])
+        return f"{self.heading}\n{aligned([self.columns], self.lines)}"
 
 
 @dataclass(frozen=True)

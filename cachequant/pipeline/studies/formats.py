@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cachequant.correction import Moments
+from cachequant.errors import UserError
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.studies.findings import Findings, Table
 from cachequant.pipeline.studies.subject import StudySubject
@@ -58,7 +59,13 @@ class FormatRow:
 
 
 def study(subject: StudySubject, count: int) -> Findings:
-    """R² of every layer in every format; nothing is drawn, so that `count` is not needed."""
+    """R² of every layer in every format; nothing is drawn, so that `count` is not needed.
+
+    Raises:
+        UserError: nothing is quantised.
+    """
+    if not subject.context.config.quant.enabled:
+        raise UserError("quant.enabled is false, so that no layer has a format: set it to true to compare formats")
     rows = measure(subject.stages)
     table = Table("R² of the layers' products", COLUMNS, summary(rows))
     note = ("How to read it", (__doc__ or "").strip())

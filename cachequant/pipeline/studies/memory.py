@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cachequant.cache.feature_cache import FeatureCache
+from cachequant.cache.feature_cache import FeatureCache, HeldFeature
 from cachequant.correction import Moments
 from cachequant.costs import rounding
 from cachequant.errors import UserError
@@ -39,7 +40,11 @@ from cachequant.schedule import (
 )
 from cachequant.types import Correction, Schedule
 
-COSTS = ("l1", "l2")
+DISTANCES = ("l1", "l2")
+"""Distances of the schedule whose regret is told."""
+
+Hold = Callable[[Tensor, int], Tensor]
+"""(feature, its channel dimension) -> what is left of its values."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,12 @@ class Format:
 
     Attributes:
         bytes: per value that there is.
-        hold: what is left of the values, for formats that keep all of them; None is everything.
+        hold: what it makes of the values that it keeps; None leaves them as they are.
         share: of the positions that are kept.
     """
 
     bytes: float
-    hold: Callable[[Tensor], Tensor] | None = None
+    hold: Hold | None = None
     share: float = 1.0
 
     def seen(self, feature: Tensor, channel_dim: int) -> Tensor:
@@ -65,16 +70,26 @@ class Format:
         chosen = torch.randperm(rows.shape[2], generator=torch.Generator().manual_seed(0))[:count]
         return rows[:, :, chosen.to(rows.device)]
 
+    def held(self, feature: Tensor, channel_dim: int) -> Tensor:
+        """What is left of the values that are kept."""
+        return feature if self.hold is None else self.hold(feature, channel_dim)
 
-FORMATS = {
+
+def _held_in_8_bits(feature: Tensor, channel_dim: int) -> Tensor:
+    """As `cache.feature_bits: 8` holds it."""
+    return HeldFeature.of(feature, channel_dim).feature()
+
+
+FEATURE_FORMATS = {
     "float32": Format(4.0),
-    "float16": Format(2.0, lambda x: x.half().to(x.dtype)),
-    "int8": Format(1.0, rounding(8)),
-    "int4": Format(0.5, rounding(4)),
+    "float16": Format(2.0, lambda x, _: x.half().to(x.dtype)),
+    "int8": Format(1.0, _held_in_8_bits),
+    "int4": Format(0.5, lambda x, _: rounding(4)(x)),
     "sketch 1/4": Format(1.0, share=1 / 4),
     "sketch 1/16": Format(0.25, share=1 / 16),
     "sketch 1/64": Format(0.0625, share=1 / 64),
 }
+"""What is compared; int8 is the product's own, with a grid for every image and channel, int4 has one grid for all values."""
 
 
 @dataclass
@@ -104,7 +119,7 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def collect(context: Context, seeds: list[int], formats: dict[str, Format]) -> Collected:
-    """Full-precision trajectories of some seeds in one batch, seen in every format at once."""
+    """Full-precision trajectories of some seeds, in the calibration's batches, seen in every format at once."""
     adapter, interval, steps = context.adapter, context.config.cache.interval, context.num_steps
     schedule, cache = uniform_schedule(steps, interval), FeatureCache(uniform_schedule(steps, 1))
     bands: dict[tuple[str, str, Hashable], DistanceBand] = {}
@@ -116,19 +131,19 @@ def collect(context: Context, seeds: list[int], formats: dict[str, Format]) -> C
         output, feature = adapter.full(call.x, call.timestep, **call.kwargs)
         for name, form in formats.items():
             exact = form.seen(feature, adapter.channel_dim)
-            for cost in COSTS:
+            for cost in DISTANCES:
                 key = (name, cost, call.context)
                 if key not in bands:
-                    bands[key] = DistanceBand(steps, interval, cost, form.hold)
+                    bands[key] = DistanceBand(steps, interval, cost, partial(form.held, channel_dim=1))
                 bands[key].update(exact)
             if schedule.is_refresh(cache.step):
-                kept[name, call.context] = exact if form.hold is None else form.hold(exact)
+                kept[name, call.context] = form.held(exact, 1)
             else:
                 sums = found.moments[name].setdefault(cache.step, Moments())
                 sums.update((kept[name, call.context],), exact)
         return output
 
-    context.trajectories(step, cache, seeds, "memory", len(seeds))
+    context.trajectories(step, cache, seeds, "memory")
     for (name, cost, _), band in bands.items():
         found.bands[name, cost] = band.values + found.bands.get((name, cost), 0.0)
     return found
@@ -154,23 +169,17 @@ def excess(moments: dict[int, Moments], reference: dict[int, Moments]) -> float:
 class HeldCache(FeatureCache):
     """A cache that keeps features in another format."""
 
-    hold: Callable[[Tensor], Tensor] | None = None
+    form: Format = FEATURE_FORMATS["float32"]
 
     def store(self, feature: Tensor) -> None:
         """Keep what is left of the feature."""
-        super().store(feature if self.hold is None else self.hold(feature))
+        super().store(self.form.held(feature, self.channel_dim))
 
 
-def held_images(
-    context: Context,
-    schedule: Schedule,
-    correction: Correction,
-    hold: Callable[[Tensor], Tensor] | None,
-    seeds: list[int],
-) -> Tensor:
+def held_images(context: Context, schedule: Schedule, correction: Correction, form: Format, seeds: list[int]) -> Tensor:
     """Images of caching alone, the cached feature held in a format: [n, C, H, W]."""
     keep = 2 if correction.uses_forecast else 1
-    cache = HeldCache(schedule, keep, context.adapter.channel_dim, hold=hold)
+    cache = HeldCache(schedule, keep, context.adapter.channel_dim, form=form)
     step = accelerated_step(context.adapter, cache, correction)
     size = context.config.sample.batch_size
     return torch.cat(list(context.run(step, cache, seeds, "held", size, sampling=True)))
@@ -186,17 +195,17 @@ def study(subject: StudySubject, count: int) -> Findings:
     if context.config.cache.interval == 1 or context.num_steps == 1:
         raise UserError("cache.interval is 1, so that no feature is kept: nothing to study, raise it")
     judges, seeds = subject.judging(count)
-    reference = collect(context, seeds, {"float32": FORMATS["float32"]})
+    reference = collect(context, seeds, {"float32": FEATURE_FORMATS["float32"]})
     by_count: dict[int, Collected] = {}
     collected = Collected()
     for done, part in _doubling(context.seeds()):
-        collected = collected.add(collect(context, part, FORMATS))
+        collected = collected.add(collect(context, part, FEATURE_FORMATS))
         by_count[done] = collected
     exact = draw(judges, None, seeds, "full").images
     plan = replace(subject.plan(), quant=None)
     held = {
-        name: held_images(judges, plan.schedule, plan.correction, form.hold, seeds)
-        for name, form in FORMATS.items()
+        name: held_images(judges, plan.schedule, plan.correction, form, seeds)
+        for name, form in FEATURE_FORMATS.items()
         if form.share == 1.0
     }
     quality = {name: float(psnr(images, exact, 1.0).clamp(max=99).mean()) for name, images in held.items()}
@@ -219,14 +228,14 @@ def _findings(
     most = max(by_count)
     judged = {
         n: {"excess": excess(c.moments["float32"], reference.moments["float32"])}
-        | {cost: regret(context, c.bands["float32", cost], reference.bands["float32", cost]) for cost in COSTS}
+        | {cost: regret(context, c.bands["float32", cost], reference.bands["float32", cost]) for cost in DISTANCES}
         for n, c in by_count.items()
     }
     formats: dict[str, dict[str, Any]] = {}
-    for name, form in FORMATS.items():
+    for name, form in FEATURE_FORMATS.items():
         formats[name] = {"bytes": form.bytes, "psnr": quality.get(name)}
         formats[name]["excess"] = excess(by_count[most].moments[name], reference.moments["float32"])
-        for cost in COSTS:
+        for cost in DISTANCES:
             formats[name][cost] = regret(context, by_count[most].bands[name, cost], reference.bands["float32", cost])
     values, steps = _feature_values(context, by_count[most]), context.num_steps
     ring, everything = 2 * context.config.cache.interval - 1, 4 * values * steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.costs import COSTS, Band, band_for
+from cachequant.errors import UserError
 from cachequant.evaluation.paired import psnr
 from cachequant.evaluation.plots import points_figure, schedule_figure
 from cachequant.pipeline.calibrate import SamplerGains
@@ -50,7 +52,7 @@ class Measured:
 
     Attributes:
         schedule: the steps.
-        objectives: cost -> value.
+        objectives: cost -> value, infinite where a group is longer than any that DPS may choose.
         error: mean squared error of the images to full precision's, [0, 1] units.
         psnr: their mean PSNR in dB.
     """
@@ -62,7 +64,16 @@ class Measured:
 
 
 def study(subject: StudySubject, count: int) -> Findings:
-    """Measure every schedule on `count` images; each is filed, so that an interrupted study goes on."""
+    """Measure every schedule on `count` images; each is filed, so that an interrupted study goes on.
+
+    Raises:
+        UserError: every step is full, so that there is but one schedule.
+    """
+    steps, interval = subject.context.num_steps, subject.context.config.cache.interval
+    if uniform_schedule(steps, interval, subject.context.config.cache.refreshes).full_step_share == 1:
+        raise UserError(
+            f"cache.interval is {interval} of {steps} steps, so that all are full: raise it to compare schedules"
+        )
     tables = cost_tables(subject)
     groups = {name: group_costs(*table, COSTS[name].coherent) for name, table in tables.items()}
     context, seeds = subject.judging(count)
@@ -162,11 +173,20 @@ def _gather(context: Context) -> dict[str, Tensor]:
     return found
 
 
-def rank_correlations(found: dict[str, Measured]) -> dict[str, float]:
-    """Spearman's correlation of each cost with the measured error over the random schedules."""
+def rank_correlations(found: dict[str, Measured]) -> dict[str, float | None]:
+    """Spearman's correlation of each cost with the measured error over the random schedules; None where all are alike."""
     drawn = [m for name, m in found.items() if name.startswith("random")]
     errors = [m.error for m in drawn]
-    return {cost: float(spearmanr([m.objectives[cost] for m in drawn], errors).statistic) for cost in COSTS}
+    return {cost: _rank_correlation([m.objectives[cost] for m in drawn], errors) for cost in COSTS}
+
+
+def _rank_correlation(first: list[float], second: list[float]) -> float | None:
+    return float(spearmanr(first, second).statistic) if len(set(first)) > 1 < len(set(second)) else None
+
+
+def _ratio(value: float, base: float) -> float | None:
+    """A quotient, where there is one."""
+    return value / base if isfinite(base) and base > 0 else None
 
 
 def _findings(subject: StudySubject, found: dict[str, Measured], count: int) -> Findings:
@@ -177,10 +197,10 @@ def _findings(subject: StudySubject, found: dict[str, Measured], count: int) -> 
     for name, m in sorted(named.items(), key=lambda item: item[1].error):
         beaten = sum(m.error < e for e in random_errors) / len(random_errors)
         cost = name.removeprefix("dps ")
-        ratio = m.objectives[cost] / found["uniform"].objectives[cost] if cost in COSTS else None
-        steps = ", ".join(map(str, m.schedule.refresh_steps))
+        ratio = _ratio(m.objectives[cost], found["uniform"].objectives[cost]) if cost in COSTS else None
+        rank, steps = ranks.get(cost), ", ".join(map(str, m.schedule.refresh_steps))
         texts = [f"{m.psnr:.2f}", f"{m.error:.3g}", f"{beaten:.0%}", "–" if ratio is None else f"{ratio:.3f}"]
-        lines.append([name, *texts, f"{ranks[cost]:+.2f}" if cost in COSTS else "–", steps])
+        lines.append([name, *texts, "–" if rank is None else f"{rank:+.2f}", steps])
     spread = [m.psnr for name, m in found.items() if name.startswith("random")]
     lines.append(["random, best to worst", f"{max(spread):.2f} to {min(spread):.2f}", *["–"] * 5])
     columns = (
@@ -192,7 +212,8 @@ def _findings(subject: StudySubject, found: dict[str, Measured], count: int) -> 
         "rank correlation",
         "full steps",
     )
-    best = max(COSTS, key=lambda cost: ranks[cost])
+    known = {cost: rank for cost, rank in ranks.items() if rank is not None}
+    best = max(known, key=known.__getitem__, default=subject.context.config.schedule.cost)
     shown = {"uniform": found["uniform"].schedule}
     shown |= {name: m.schedule for name, m in named.items() if name.startswith("dps")}
     groups = {
@@ -202,8 +223,10 @@ def _findings(subject: StudySubject, found: dict[str, Measured], count: int) -> 
     }
     figures = {
         "Schedules of every cost": schedule_figure(shown, None),
-        f"Measured error against the cost that predicts it best ({best})": points_figure(
-            groups, f"objective of the {best} cost", "mean squared error of the images"
+        f"Measured error against the {best} cost{', which predicts it best' if known else ''}": points_figure(
+            {name: finite for name, points in groups.items() if (finite := [p for p in points if isfinite(p[0])])},
+            f"objective of the {best} cost",
+            "mean squared error of the images",
         ),
     }
     interval = subject.context.config.cache.interval
@@ -215,7 +238,12 @@ def _findings(subject: StudySubject, found: dict[str, Measured], count: int) -> 
          "the random schedules: +1 knows the order, 0 knows nothing, below 0 misleads."),
     ]  # fmt: skip
     records = {
-        name: {"psnr": m.psnr, "error": m.error, "refresh_steps": list(m.schedule.refresh_steps), "costs": m.objectives}
+        name: {
+            "psnr": m.psnr,
+            "error": m.error,
+            "refresh_steps": list(m.schedule.refresh_steps),
+            "costs": {cost: value if isfinite(value) else None for cost, value in m.objectives.items()},
+        }
         for name, m in found.items()
     }
     numbers = {"schedules": records, "rank_correlation": ranks}

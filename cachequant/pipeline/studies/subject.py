@@ -8,13 +8,10 @@ from pathlib import Path
 from cachequant.config import load_config
 from cachequant.errors import UserError
 from cachequant.models.loading import load_pipeline
-from cachequant.pipeline.context import Context
+from cachequant.pipeline.context import JUDGING, Context
 from cachequant.pipeline.report import Subject
 from cachequant.pipeline.stages import Stages
 from cachequant.plan import Plan
-
-NOISE = 4_000_000
-"""Offset of the seeds on which studies judge: no calibration has seen them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class StudySubject:
         """A YAML file with its overrides, a plan folder, or a run folder with plans (its newest one).
 
         Raises:
-            UserError: neither is there, or overrides were given for a plan.
+            UserError: neither is there, overrides were given for a plan, or its model is another now.
         """
         if path.suffix in (".yaml", ".yml"):
             config = load_config(path, overrides)
@@ -48,6 +45,7 @@ class StudySubject:
         subject = Subject.at(path)
         plan = next(iter(subject.plans.values()))
         context = Context.of(load_pipeline(plan.config.model, device), plan.config)
+        plan.identity.refuse_other(context.identity)
         return StudySubject(Stages.at(context, subject.stages or path / "studies", quiet=True), plan, path)
 
     @property
@@ -60,8 +58,8 @@ class StudySubject:
         return self.given or self.stages.plan()[0]
 
     def judging(self, count: int) -> tuple[Context, list[int]]:
-        """A context that draws `count` images at once where they fit in a batch, and their seeds."""
+        """A context that draws `count` images at once where they fit in a batch, and seeds of noise that is new to it."""
         config = self.context.config
         size = min(count, max(config.sample.batch_size, config.calibration.batch_size))
         sized = replace(config, sample=replace(config.sample, batch_size=size))
-        return replace(self.context, config=sized), self.context.seeds(NOISE, count)
+        return replace(self.context, config=sized), self.context.seeds(JUDGING, count)

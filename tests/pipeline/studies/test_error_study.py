@@ -13,10 +13,10 @@ import torch
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.evaluation.errors import path_error
-from cachequant.pipeline.context import Context
+from cachequant.pipeline.context import JUDGING, Context
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.studies.error import added_up, follow, is_plain_ddim, study
-from cachequant.pipeline.studies.subject import NOISE, StudySubject
+from cachequant.pipeline.studies.subject import StudySubject
 
 Configure = Callable[..., RunConfig]
 
@@ -37,6 +37,16 @@ def test_the_path_error_is_the_samplers_sum_of_the_errors_on_the_way(
     assert torch.allclose(free.x - local.x, expected.float(), atol=2e-4)
     assert not (free.x[0] - local.x[0]).any() and (free.x[-1] - local.x[-1]).abs().max() > 0.01
     assert torch.equal(free.x[:2], local.x[:2]) == bool((free.made[0] == local.exact[0]).all())
+
+
+def test_trajectories_are_drawn_in_the_calibrations_batches(pipe: Any, configure: Configure, tmp_path: Path) -> None:
+    subject = subject_of(pipe, configure("method=paper", "backend=simulated"), tmp_path)
+    context, plan, sizes = subject.context, subject.plan(), []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    parts = follow(context, plan, [5, 6, 7], True)
+    assert sorted(set(sizes)) == [1, 2] and parts.x.shape[1] == 3
+    alone = [follow(context, plan, [seed], True) for seed in (5, 6, 7)]
+    torch.testing.assert_close(parts.x, torch.cat([path.x for path in alone], 1), rtol=0, atol=1e-4)
 
 
 def test_the_two_paths_are_those_of_the_pipeline(pipe: Any, configure: Configure, tmp_path: Path) -> None:
@@ -77,7 +87,7 @@ def test_the_study_has_every_part_of_the_plan_and_leaves_the_pipeline_as_it_was(
     rows = found.numbers["rows"]
     assert list(rows) == ["cache alone", "cache corrected", "uncorrected", "cachequant"]
     context, plan = subject.context, subject.plan()
-    seeds = context.seeds(NOISE, 3)
+    seeds = context.seeds(JUDGING, 3)
     local, free = follow(context, plan, seeds, False), follow(context, plan, seeds, True)
     assert rows["cachequant"]["x_t"] == pytest.approx(path_error(free.x, local.x).tolist(), rel=1e-4)
     assert len(found.figures) == 4 and len(found.tables[0].lines) == 4

@@ -11,9 +11,11 @@ import torch
 
 from cachequant.config import RunConfig
 from cachequant.correction import Moments, fit_affine
+from cachequant.errors import UserError
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.stages import Stages
-from cachequant.pipeline.studies.formats import FORMATS, measure, plot, r_squared, summary
+from cachequant.pipeline.studies.formats import FORMATS, measure, plot, r_squared, study, summary
+from cachequant.pipeline.studies.subject import StudySubject
 
 Configure = Callable[..., RunConfig]
 
@@ -51,3 +53,9 @@ def test_every_layer_in_every_format(pipe: Any, configure: Configure, tmp_path: 
     curves = plot(rows).axes[0].get_lines()
     assert len(curves) == 2 * len(names) and all(len(c.get_xdata()) == len(layers) for c in curves)
     assert not any(type(m).__name__ == "QuantLayer" for m in pipe.unet.modules())
+
+
+def test_without_quantisation_there_is_no_format_to_study(pipe: Any, configure: Configure, tmp_path: Path) -> None:
+    stages = Stages.at(Context.of(pipe, configure("quant.enabled=false")), tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"quant\.enabled is false.*set it to true"):
+        study(StudySubject(stages, None, tmp_path), 2)

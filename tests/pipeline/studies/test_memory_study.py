@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cachequant.cache.feature_cache import HeldFeature
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.studies.memory import (
-    FORMATS,
+    FEATURE_FORMATS,
     Collected,
     Format,
     collect,
@@ -25,6 +27,7 @@ from cachequant.pipeline.studies.memory import (
     study,
 )
 from cachequant.pipeline.studies.subject import StudySubject
+from cachequant.types import Correction
 
 Configure = Callable[..., RunConfig]
 
@@ -35,7 +38,7 @@ def subject_of(pipe: Any, config: RunConfig, folder: Path) -> StudySubject:
 
 def test_a_sketch_of_everything_and_float32_see_the_same_and_regret_nothing(pipe: Any, configure: Configure) -> None:
     context = Context.of(pipe, configure())
-    found = collect(context, [1, 2], {"float32": FORMATS["float32"], "all": Format(4.0, share=1.0)})
+    found = collect(context, [1, 2], {"float32": FEATURE_FORMATS["float32"], "all": Format(4.0, share=1.0)})
     for cost in ("l1", "l2"):
         assert torch.equal(found.bands["float32", cost], found.bands["all", cost])
         assert regret(context, found.bands["all", cost], found.bands["float32", cost]) == 0.0
@@ -43,7 +46,7 @@ def test_a_sketch_of_everything_and_float32_see_the_same_and_regret_nothing(pipe
 
 
 def test_parts_add_up_to_the_whole(pipe: Any, configure: Configure) -> None:
-    context, formats = Context.of(pipe, configure()), {"float32": FORMATS["float32"]}
+    context, formats = Context.of(pipe, configure()), {"float32": FEATURE_FORMATS["float32"]}
     whole = collect(context, [1, 2, 3], formats)
     parts = Collected().add(collect(context, [1], formats)).add(collect(context, [2, 3], formats))
     for key, band in whole.bands.items():
@@ -52,11 +55,31 @@ def test_parts_add_up_to_the_whole(pipe: Any, configure: Configure) -> None:
         torch.testing.assert_close(parts.moments["float32"][step].gram, sums.gram, rtol=1e-4, atol=1e-4)
 
 
+def test_trajectories_are_drawn_in_the_calibrations_batches(pipe: Any, configure: Configure) -> None:
+    sizes = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    formats = {name: FEATURE_FORMATS[name] for name in ("float32", "int8")}
+    found = [collect(Context.of(pipe, configure(f"calibration.batch_size={n}")), [1, 2, 3], formats) for n in (2, 4)]
+    assert sizes == [2] * 6 + [1] * 6 + [3] * 6
+    for key, band in found[1].bands.items():
+        torch.testing.assert_close(found[0].bands[key], band, rtol=1e-4, atol=1e-6)
+
+
+def test_int8_is_the_products_own(pipe: Any, configure: Configure, tmp_path: Path) -> None:
+    config = configure("quant.enabled=false", "cache.feature_bits=8")
+    subject = subject_of(pipe, config, tmp_path)
+    plan, (context, seeds) = replace(subject.plan(), correction=Correction()), subject.judging(2)
+    made = held_images(context, plan.schedule, plan.correction, FEATURE_FORMATS["int8"], seeds)
+    assert torch.equal(made, draw(context, plan, seeds, "test").images)
+    stored = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(FEATURE_FORMATS["int8"].held(stored, 1), HeldFeature.of(stored, 1).feature())
+
+
 def test_regret_and_excess_are_never_negative(pipe: Any, configure: Configure) -> None:
     context = Context.of(pipe, configure())
-    reference = collect(context, [7, 8, 9, 10], {"float32": FORMATS["float32"]})
-    found = collect(context, [1], FORMATS)
-    for name in FORMATS:
+    reference = collect(context, [7, 8, 9, 10], {"float32": FEATURE_FORMATS["float32"]})
+    found = collect(context, [1], FEATURE_FORMATS)
+    for name in FEATURE_FORMATS:
         for cost in ("l1", "l2"):
             assert regret(context, found.bands[name, cost], reference.bands["float32", cost]) >= -1e-12
         assert excess(found.moments[name], reference.moments["float32"]) >= -1e-9
@@ -84,7 +107,7 @@ def test_a_cache_held_in_full_gives_the_plans_images_and_a_coarse_one_does_not(
     expected = draw(context, plan, seeds, "test").images
     gaps = {}
     for name in ("float32", "float16", "int8", "int4"):
-        made = held_images(context, plan.schedule, plan.correction, FORMATS[name].hold, seeds)
+        made = held_images(context, plan.schedule, plan.correction, FEATURE_FORMATS[name], seeds)
         gaps[name] = float((made - expected).abs().max())
     assert gaps["float32"] == 0.0 < gaps["float16"] < gaps["int8"] < gaps["int4"]
 
@@ -93,7 +116,7 @@ def test_the_study_tells_bytes_and_regret_of_every_format_and_count(
     pipe: Any, configure: Configure, tmp_path: Path
 ) -> None:
     found = study(subject_of(pipe, configure("quant.enabled=false"), tmp_path), 3)
-    assert list(found.numbers["formats"]) == list(FORMATS) and list(found.numbers["samples"]) == ["1", "2", "4"]
+    assert list(found.numbers["formats"]) == list(FEATURE_FORMATS) and list(found.numbers["samples"]) == ["1", "2", "4"]
     assert found.numbers["feature_values"] == 8 * 16 * 16  # the site's channels and map
     formats = found.numbers["formats"]
     assert formats["float32"]["psnr"] is not None and formats["sketch 1/4"]["psnr"] is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 
 from cachequant.config import RunConfig
 from cachequant.costs import COSTS
+from cachequant.errors import UserError
 from cachequant.pipeline.calibrate import gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.studies import schedule as module
+from cachequant.pipeline.studies.findings import write_study
 from cachequant.pipeline.studies.schedule import Measured, cost_tables, rank_correlations, study
 from cachequant.pipeline.studies.subject import StudySubject
 from cachequant.schedule import best_schedule, group_costs, schedule_cost
@@ -95,3 +99,51 @@ def test_a_cost_that_knows_the_order_has_rank_correlation_one() -> None:
     } | {"uniform": Measured(schedule, dict.fromkeys(COSTS, 0.0), 1e9, 0.0)}
     ranks = rank_correlations(found)
     assert list(ranks.values()) == pytest.approx(SIGNS)
+
+
+def test_costs_and_errors_that_are_all_alike_have_no_rank_correlation() -> None:
+    schedule, flat = Schedule((0,), 2, 2), next(iter(COSTS))
+    found = {
+        f"random {i}": Measured(schedule, {cost: 1.0 if cost == flat else float(i) for cost in COSTS}, i, 0.0)
+        for i in range(4)
+    }
+    ranks = rank_correlations(found)
+    assert ranks[flat] is None and all(rank == pytest.approx(1) for cost, rank in ranks.items() if cost != flat)
+    same = {name: replace(measured, error=0.5) for name, measured in found.items()}
+    assert set(rank_correlations(same).values()) == {None}
+
+
+def test_a_group_longer_than_any_of_dps_has_no_finite_objective_and_the_page_says_so(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANDOM", 2)
+    config = configure("method=uniform_dec", "quant.enabled=false", "schedule.power=6", "sampler.steps=8")
+    subject = subject_of(pipe, config, tmp_path)
+    found = study(subject, 2)
+    write_study(found, subject.context, tmp_path / "study.html")
+    records = json.loads((tmp_path / "study.json").read_text())["schedules"]
+    for record in records.values():
+        ends = [*record["refresh_steps"], 8]
+        beyond = max(end - start for start, end in pairwise(ends)) > 4
+        assert all((value is None) is beyond for value in record["costs"].values())
+    assert records["power, noisy end"]["refresh_steps"] == [0, 1, 2, 3]  # whose last group has five steps
+
+
+def test_one_schedule_alone_is_measured_and_has_no_ranks(
+    pipe: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANDOM", 2)
+    subject = subject_of(pipe, configure("method=uniform_dec", "quant.enabled=false", "cache.interval=6"), tmp_path)
+    found = study(subject, 2)
+    write_study(found, subject.context, tmp_path / "study.html")
+    assert set(json.loads((tmp_path / "study.json").read_text())["rank_correlation"].values()) == {None}
+    lines = {line[0]: line for line in found.tables[0].lines}
+    assert lines["dps l1"][4:6] == ["1.000", "–"] and lines["uniform"][4:6] == ["–", "–"]
+
+
+@pytest.mark.parametrize("changes", [("cache.interval=1",), ("cache.interval=1", "sampler.steps=1")])
+def test_steps_that_are_all_full_leave_nothing_to_compare(
+    pipe: Any, configure: Configure, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=r"cache\.interval is 1 of \d steps.*raise it"):
+        study(subject_of(pipe, configure(*changes), tmp_path), 2)

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -91,3 +93,14 @@ def test_mistakes_are_one_line(plan: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(lines) == 4
     assert f"expected one of {', '.join(STUDIES)}" in lines[0] and "with a plan" in lines[1]
     assert "expected 1 or more" in lines[2] and "without --study" in lines[3]
+
+
+def test_a_plan_of_another_model_is_refused(
+    plan: Path, weights_file: Path, pipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.add_(1)
+    pipe.save_pretrained(weights_file)  # in the place of the one that the plan was made for
+    assert main(["report", str(plan), "--study", "error", "--count", "2", "--device", "cpu"]) == 2
+    assert "error: this pipeline's weights is" in capsys.readouterr().err
+    assert not (plan / "study-error.html").exists()
