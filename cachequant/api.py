@@ -18,7 +18,7 @@ from cachequant.models.cost import float_bytes, plan_bytes
 from cachequant.models.loading import identify
 from cachequant.models.skeleton import build_pipeline, is_skeleton
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphed_step import deployed_step
+from cachequant.pipeline.graphed_step import deployed_sampler, deployed_step
 from cachequant.pipeline.hook import Call, DenoiserHook, StepFunction
 from cachequant.pipeline.stages import Stages
 from cachequant.pipeline.step import cache_of
@@ -83,7 +83,8 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
         _check_guidance(pipe, plan, structure, call)
 
     try:
-        hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check)
+        sampler = deployed_sampler(pipe.scheduler, network)
+        hook = DenoiserHook(pipe, structure, cache, step, plan.timesteps, check, sampler=sampler)
         hook.install()
     except BaseException:
         _uninstall(structure, network)
@@ -180,7 +181,8 @@ def _install(
     """Swap the plan's layers in, all of them or none; the step that runs them, and no others."""
     network = None
     if plan.quant is not None:
-        network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, structure.shallow_names())
+        shallow = structure.shallow_names()
+        network = attach(structure.denoiser, plan.quant, cache, plan.correction, backend, shallow, plan.timesteps)
         structure.rebuild()
     try:
         return network, deployed_step(structure, cache, plan.correction, network)

@@ -218,10 +218,10 @@ class Timer:
         self.clock.wait()
         start = time.perf_counter()
         if self.whole:
-            for _ in self.context.run(timed, cache, self.seeds, label, len(self.seeds)):
+            for _ in self.context.run(timed, cache, self.seeds, label, len(self.seeds), sampler=running.sampler):
                 pass
         else:
-            self.context.trajectories(timed, cache, self.seeds, label, len(self.seeds))
+            self.context.trajectories(timed, cache, self.seeds, label, len(self.seeds), running.sampler)
         self.clock.wait()
         end = time.perf_counter()
         for full, a, b in marks:

@@ -19,6 +19,7 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.graphed_step import graphed_step
 from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import StepFunction
+from cachequant.pipeline.linear_sampler import LinearSampler
 from cachequant.pipeline.step import accelerated_step, cache_of
 from cachequant.plan import Plan
 from cachequant.quant.convert import QuantizedNetwork
@@ -37,6 +38,7 @@ class Running:
         holds: objects whose memory is the denoiser's.
         graphs: whether its steps are CUDA graphs.
         simulated: layer -> why it is simulated, which keeps a plan's steps from being graphs.
+        sampler: takes the scheduler's steps, as where `enable` runs graphs.
     """
 
     step: StepFunction
@@ -44,6 +46,7 @@ class Running:
     holds: tuple[Any, ...]
     graphs: bool = False
     simulated: Mapping[str, str] = field(default_factory=dict)
+    sampler: LinearSampler | None = None
 
 
 @dataclass
@@ -188,16 +191,18 @@ def _integer_steps(setup: Setup, plan: Plan) -> Iterator[Running]:
     cache = cache_of(plan, adapter)
     assert plan.quant is not None
     backend, shallow = setup.backend(setup.context), adapter.shallow_names()
-    handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow)
+    handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow, setup.context.timesteps)
     adapter.rebuild()
     try:
         tables = capturable(handle)
+        holds, simulated, sampler = (adapter.denoiser, handle), simulated_layers(handle), None
         if tables is None:
             step = accelerated_step(adapter, cache, plan.correction)
         else:
             context = getattr(handle, "context", None)
             step = graphed_step(adapter, cache, plan.correction, tables, setup.record(), context)
-        yield Running(step, cache, (adapter.denoiser, handle), tables is not None, simulated_layers(handle))
+            sampler = LinearSampler(setup.context.pipe.scheduler)
+        yield Running(step, cache, holds, tables is not None, simulated, sampler)
     finally:
         handle.remove()
         adapter.rebuild()

@@ -17,6 +17,7 @@ from cachequant.models.adapter import Adapter, adapter
 from cachequant.models.loading import Generator, identify
 from cachequant.models.prompts import read_prompts, refuse_shared_prompts
 from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
+from cachequant.pipeline.linear_sampler import LinearSampler
 from cachequant.plan import ModelIdentity
 
 FRESH, HELD_OUT, ROUNDING, JUDGING = 1_000_000, 2_000_000, 3_000_000, 4_000_000
@@ -108,6 +109,7 @@ class Context:
         label: str,
         batch_size: int | None = None,
         sampling: bool = False,
+        sampler: LinearSampler | None = None,
     ) -> Iterator[Tensor]:
         """Drive the pipeline's own loop through `step`, batch by batch, with a progress bar: images [B, C, H, W].
 
@@ -118,14 +120,21 @@ class Context:
             label: text of the progress bar.
             batch_size: images at once, default calibration.batch_size.
             sampling: for the images themselves, not for calibration: another list of prompts.
+            sampler: of `DenoiserHook`.
         """
-        yield from self._drive(step, cache, seeds, label, batch_size, self.generator(sampling), decode=True)
+        yield from self._drive(step, cache, seeds, label, batch_size, self.generator(sampling), True, sampler)
 
     def trajectories(
-        self, step: StepFunction, cache: FeatureCache, seeds: list[int], label: str, batch_size: int | None = None
+        self,
+        step: StepFunction,
+        cache: FeatureCache,
+        seeds: list[int],
+        label: str,
+        batch_size: int | None = None,
+        sampler: LinearSampler | None = None,
     ) -> None:
         """As `run`, for what `step` gathers on the way: the pipeline is left behind its last step, nothing is decoded."""
-        for _ in self._drive(step, cache, seeds, label, batch_size, self.generator(), decode=False):
+        for _ in self._drive(step, cache, seeds, label, batch_size, self.generator(), False, sampler):
             pass
 
     def _drive(
@@ -137,6 +146,7 @@ class Context:
         batch_size: int | None,
         generator: Generator,
         decode: bool,
+        sampler: LinearSampler | None,
     ) -> Iterator[Tensor]:
         size = batch_size or self.config.calibration.batch_size
         shown = dict(getattr(self.pipe, "_progress_bar_config", {}))
@@ -150,7 +160,9 @@ class Context:
 
             try:
                 for batch in batches:
-                    hook = DenoiserHook(self.pipe, self.adapter, cache, counted, self.timesteps, leave=not decode)
+                    hook = DenoiserHook(
+                        self.pipe, self.adapter, cache, counted, self.timesteps, leave=not decode, sampler=sampler
+                    )
                     images = None
                     with hook, suppress(RunFinished):
                         images = generator(batch)

@@ -13,6 +13,7 @@ from cachequant.kernels.cuda import ops
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import Call, StepFunction
+from cachequant.pipeline.linear_sampler import LinearSampler
 from cachequant.pipeline.step import accelerated_step, refuse_more_channels, refuse_other_width
 from cachequant.quant.context import ContextOperands
 from cachequant.quant.step_tables import StepTables
@@ -29,11 +30,26 @@ def deployed_step(adapter: Adapter, cache: FeatureCache, correction: Correction,
     Raises:
         UserError: of `refuse_other_width`.
     """
-    tables = capturable(network)
-    if tables is None or tables.device.type != "cuda":
+    tables = _on_gpu(network)
+    if tables is None:
         return accelerated_step(adapter, cache, correction)
     refuse_other_width(adapter, correction)
     return graphed_step(adapter, cache, correction, tables, CudaRecorder(), getattr(network, "context", None))
+
+
+def deployed_sampler(scheduler: Any, network: object) -> LinearSampler | None:
+    """Scheduler steps for `deployed_step`'s graphs, which would wait for the scheduler's own; None where there are none.
+
+    Args:
+        scheduler: of the pipeline.
+        network: of `deployed_step`.
+    """
+    return None if _on_gpu(network) is None else LinearSampler(scheduler)
+
+
+def _on_gpu(network: object) -> StepTables | None:
+    tables = capturable(network)
+    return tables if tables is not None and tables.device.type == "cuda" else None
 
 
 def graphed_step(

@@ -90,7 +90,7 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Hashable:
         return tuple(value.shape), value.dtype
     if isinstance(value, dict):
         return tuple((str(key), take_apart(part, f"{name}.{key}", tensors)) for key, part in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
         return type(value).__name__, *(take_apart(part, f"{name}.{i}", tensors) for i, part in enumerate(value))
     return repr(value)
 
@@ -101,7 +101,7 @@ def put_together(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return tensors[name]
     if isinstance(value, dict):
         return {key: put_together(part, f"{name}.{key}", tensors) for key, part in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
         return type(value)(put_together(part, f"{name}.{i}", tensors) for i, part in enumerate(value))
     return value
 
@@ -172,14 +172,14 @@ class GraphedAdapter:
         prompt = arguments.get("encoder_hidden_states")
         if self.context is not None and isinstance(prompt, Tensor):
             self.context.update(prompt.to(x) if prompt.dtype != x.dtype else prompt)
-        if not isinstance(arguments["timestep"], Tensor):
-            arguments["timestep"] = torch.as_tensor(arguments["timestep"])
+        timestep = torch.as_tensor(arguments["timestep"])
+        looked_up = self.tables is not None and self.tables.timestep is not None
+        arguments["timestep"] = timestep.shape if looked_up else timestep
         found = self._as_before(kind, arguments)
         if found is None:
             tensors: dict[str, Tensor] = {}
             captured = self._captured(kind, arguments, tensors)
-            flat = all(_is_plain(value) for value in arguments.values())
-            if flat:
+            if all(_is_plain(value) for value in arguments.values()):
                 self._recent[kind] = arguments, captured
         else:
             captured, tensors = found
@@ -191,18 +191,12 @@ class GraphedAdapter:
         before, captured = self._recent.get(kind, ({}, None))
         if captured is None or before.keys() != arguments.keys():
             return None
-        for name, value in arguments.items():
-            old = before[name]
-            if value is old:
-                continue
-            if not (isinstance(value, Tensor) and isinstance(old, Tensor)):
-                return None
-            if value.shape != old.shape or value.dtype != old.dtype:
-                return None
+        if not all(_is_alike(value, before[name]) for name, value in arguments.items()):
+            return None
         return captured, {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
 
     def _captured(self, kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> Captured:
-        """The graph for arguments of these kinds and shapes, captured where there is none; their tensors go into `tensors`."""
+        """The graph for arguments of these kinds and shapes, captured at need; their tensors go into `tensors`."""
         key = (kind, tuple((name, take_apart(value, name, tensors)) for name, value in arguments.items()))
         if key not in self._graphs:
             inputs = Inputs(tensors, arguments["x"].device)
@@ -221,6 +215,9 @@ class GraphedAdapter:
         """What is captured: the step's rows, then the network."""
         if self.tables is not None:
             self.tables.load()
+            if self.tables.timestep is not None:  # of the step: nothing is copied from the host
+                shape = arguments["timestep"]
+                arguments = {**arguments, "timestep": self.tables.timestep.expand(shape or (1,)).reshape(shape)}
         with self.context.reading() if self.context is not None else nullcontext():
             if kind == "full":
                 return self.adapter.full(**arguments)
@@ -229,4 +226,11 @@ class GraphedAdapter:
 
 def _is_plain(value: Any) -> bool:
     """A tensor, or something that cannot change in place."""
-    return value is None or isinstance(value, Tensor | bool | int | float | str)
+    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.Size)
+
+
+def _is_alike(value: Any, before: Any) -> bool:
+    """A tensor of the same shape and type, or the same plain value."""
+    if isinstance(value, Tensor):
+        return isinstance(before, Tensor) and value.shape == before.shape and value.dtype == before.dtype
+    return _is_plain(value) and type(value) is type(before) and value == before

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.models.adapter import Adapter
+from cachequant.pipeline.linear_sampler import LinearSampler
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class DenoiserHook:
         expected: timesteps that the run must have, or None to accept any.
         check: called at the first evaluation of each run; may refuse it.
         leave: raise `RunFinished` behind the last scheduler step, so that nothing is decoded.
+        sampler: takes the scheduler's steps where it can.
     """
 
     def __init__(
@@ -104,9 +106,10 @@ class DenoiserHook:
         expected: tuple[int, ...] | None = None,
         check: Callable[[Call], None] | None = None,
         leave: bool = False,
+        sampler: LinearSampler | None = None,
     ) -> None:
         self.pipe, self.adapter, self.cache, self.step = pipe, adapter, cache, step
-        self.expected, self.check, self.leave = expected, check, leave
+        self.expected, self.check, self.leave, self.sampler = expected, check, leave, sampler
         self.scheduler = pipe.scheduler
         self._signature = inspect.signature(type(adapter.denoiser).forward)
         self._fresh = self._begun = self._refreshed = False
@@ -139,7 +142,8 @@ class DenoiserHook:
 
         @functools.wraps(move)
         def step(*args: Any, **kwargs: Any) -> Any:
-            result = move(*args, **kwargs)
+            moved = None if self.sampler is None else self.sampler.move(self.cache.step, args, kwargs)
+            result = move(*args, **kwargs) if moved is None else moved
             self._end_evaluation()
             if self.leave and self.cache.step >= self.cache.schedule.num_steps:
                 raise RunFinished
@@ -190,6 +194,8 @@ class DenoiserHook:
             )
         self._end_evaluation()
         self.cache.reset()
+        if self.sampler is not None:
+            self.sampler.begin()
         self._fresh = self._begun = True
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:

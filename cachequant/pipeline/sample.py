@@ -12,7 +12,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.backend import Backend, choose_backend
 from cachequant.models.adapter import device_of
 from cachequant.pipeline.context import Context
-from cachequant.pipeline.graphed_step import deployed_step
+from cachequant.pipeline.graphed_step import deployed_sampler, deployed_step
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.step import cache_of
 from cachequant.plan import Plan
@@ -58,7 +58,7 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
     handle = None
     if quant is not None:
         shallow = adapter.shallow_names()
-        handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context), shallow)
+        handle = attach(adapter.denoiser, quant, cache, correction, backend_of(context), shallow, context.timesteps)
     adapter.rebuild()
     inner = deployed_step(adapter, cache, correction, handle)
     path: list[Tensor] = []
@@ -70,8 +70,9 @@ def draw(context: Context, plan: Plan | None, seeds: list[int], label: str, reco
         return inner(call)
 
     start, batch_size = time.perf_counter(), context.config.sample.batch_size
+    sampler = deployed_sampler(context.pipe.scheduler, handle)
     try:
-        images = torch.cat(list(context.run(step, cache, seeds, label, batch_size, sampling=True)))
+        images = torch.cat(list(context.run(step, cache, seeds, label, batch_size, True, sampler)))
     finally:
         if handle is not None:
             handle.remove()

@@ -86,7 +86,7 @@ def _time_run(context: Context, plan: Plan) -> tuple[float, list[int], Kinds]:
     handle = None
     if plan.quant is not None:
         shallow = adapter.shallow_names()
-        handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow)
+        handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow, context.timesteps)
     adapter.rebuild()
     try:
         clock = _Clock(deployed_step(adapter, cache, plan.correction, handle), cache, cuda)

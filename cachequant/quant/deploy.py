@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from cachequant.quant.formats import only_simulated
 from cachequant.quant.step_tables import StepTables
 from cachequant.quant.time_projections import TimeProjections, share_time_projections
 from cachequant.types import Correction, LayerQuant, QuantState
+
+if TYPE_CHECKING:
+    from cachequant.quant.stepped_embedding import SteppedEmbedding
 
 HOST = torch.device("cpu")
 
@@ -45,7 +49,7 @@ class Deployment:
         fused: name -> class of the blocks with a fused forward.
         simulation: the simulated layers and attention operands, or None.
         tables: the scales of every step, of a deployment on a GPU.
-        time: joint projections of timestep and class, of a deployment on a GPU.
+        time: joint or tabled projections of timestep and class, of a deployment on a GPU.
         context: keys and values of cross-attention, of a deployment on a GPU that has any.
         home: where the replaced layers were; on a GPU they wait in the host's memory meanwhile.
     """
@@ -56,7 +60,7 @@ class Deployment:
     fused: dict[str, str] = field(default_factory=dict)
     simulation: QuantizedNetwork | None = None
     tables: StepTables | None = None
-    time: list[TimeProjections | AdaptiveConditions] = field(default_factory=list)
+    time: list[TimeProjections | AdaptiveConditions | SteppedEmbedding] = field(default_factory=list)
     context: ContextOperands | None = None
     home: torch.device | None = None
 
@@ -133,6 +137,7 @@ def deploy_on_device(
     device: torch.device | None = None,
     forwards: dict[str, type[Fused]] | None = None,
     shallow: Collection[str] = (),
+    timesteps: Sequence[int] | None = None,
 ) -> Deployment:
     """Deploy every layer that the GPU's operators support; arguments and result as for `deploy`.
 
@@ -143,6 +148,7 @@ def deploy_on_device(
         device: where the network is; None asks its parameters.
         forwards: diffusers' class -> fused forward; None is all of them.
         shallow: names of the modules that a cached step runs.
+        timesteps: of all steps, where no step is ever run at another one: what they alone decide is computed here.
 
     Raises:
         UserError: of `deploy`.
@@ -150,6 +156,7 @@ def deploy_on_device(
     from cachequant.kernels.cuda.packing import unsupported
     from cachequant.quant.device_blocks import FORWARDS, context_operands
     from cachequant.quant.device_layers import DeviceLayer, join
+    from cachequant.quant.stepped_embedding import step_embedding
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
     place = device or next(p.device for p in network.parameters() if not p.is_meta)
@@ -170,10 +177,11 @@ def deploy_on_device(
             layers = [layer for layer in projections if isinstance(layer, DeviceLayer)]
             if len(layers) == len(projections) and not join(layers):
                 join(layers[1:])
-        tables.freeze()
+        tables.freeze(timesteps)
         chosen = FORWARDS if forwards is None else forwards
         if "ResnetBlock2D" in chosen:
-            handle.time += share_time_projections(network, shallow)
+            stepped = None if timesteps is None else step_embedding(network, clock, tables, timesteps)
+            handle.time += share_time_projections(network, shallow) if stepped is None else [stepped]
         if "BasicTransformerBlock" in chosen:
             handle.time += share_adaptive_conditions(network, shallow)
             handle.context = ContextOperands.of(network, context_operands)
@@ -188,6 +196,7 @@ def attach(
     correction: Correction,
     backend: Backend,
     shallow: Collection[str] = (),
+    timesteps: Sequence[int] | None = None,
 ) -> QuantizedNetwork | Deployment:
     """Quantise a network for sampling with the chosen backend; `remove()` of what is returned undoes it.
 
@@ -195,6 +204,7 @@ def attach(
         network, state, clock, correction: of `deploy`.
         backend: of `cachequant.kernels.backend.choose_backend`.
         shallow: names of the modules that a cached step runs, which a GPU's backend lays out together.
+        timesteps: of all steps, of which a GPU's backend makes tables; None where steps may be run at others.
 
     Raises:
         UserError: the state or the correction is not of this network, which is then as it was.
@@ -206,5 +216,5 @@ def attach(
     if backend.name == SIMULATED:
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:
-        return deploy_on_device(network, state, clock, correction, shallow=shallow)
+        return deploy_on_device(network, state, clock, correction, shallow=shallow, timesteps=timesteps)
     return deploy(network, state, clock, correction)

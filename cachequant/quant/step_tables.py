@@ -3,6 +3,7 @@ all steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class StepTables:
     Args:
         num_steps: T.
         device: where the layers run.
+
+    Attributes:
+        step: [1] int64, the step whose rows `load` computes.
+        timestep: [1] of that step, where `timesteps` was given to `freeze`.
     """
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
@@ -43,6 +48,7 @@ class StepTables:
         self._width = 0
         self._columns: list[tuple[Columns, int, Tensor, Tensor | None, Tensor, Tensor | None]] = []
         self._corrections: list[tuple[Columns, dict[int, AffineMap]]] = []
+        self._followed: list[tuple[Tensor, Tensor]] = []
 
     def add_grids(self, tables: tuple[ActivationTable, ...]) -> int:
         """Register the segments of one layer's input, in consecutive rows; inputs with equal tables share theirs."""
@@ -80,8 +86,8 @@ class StepTables:
             self._corrections.append((made, corrections))
         return made
 
-    def freeze(self) -> None:
-        """Make the tables; nothing can be registered afterwards."""
+    def freeze(self, timesteps: Sequence[int] | None = None) -> None:
+        """Make the tables; nothing can be registered afterwards. `timesteps` of all steps, for those that look theirs up."""
         rows = [[StepQuantizer(t.bits, table=t).row(s) for t in self._activations] for s in range(self.num_steps)]
         half = torch.tensor([2.0 ** (table.bits - 1) for table in self._activations])  # [G]
         found = torch.tensor(rows, dtype=torch.float64).view(self.num_steps, -1, 2)  # [T, G, (scale, zero point)]
@@ -96,6 +102,7 @@ class StepTables:
         self._freeze_corrections()
         self.grids = self._grids[0].clone()  # [G, 4]
         self.scale, self.shift, self.offset = torch.zeros(3, self._width, device=self.device)  # [C] each
+        self.timestep = None if timesteps is None else self.follow(torch.tensor(timesteps)[:, None])  # [1]
 
     def _freeze_columns(self) -> None:
         owner = torch.zeros(self._width, dtype=torch.int32)
@@ -126,6 +133,14 @@ class StepTables:
         self._maps = [place.to(self.device), gain.to(self.device), lift.to(self.device)]  # [C], [T, C'] twice
         self._corrections.clear()
 
+    def follow(self, values: Tensor) -> Tensor:
+        """A row [W] of `values` [T, W] at a fixed address, which `load` keeps at the current step's."""
+        values = values.to(self.device).contiguous()
+        row = values[:1].clone()
+        self._followed.append((values, row))
+        self.loaded = None
+        return row[0]
+
     def ensure(self, step: int) -> None:
         """Have the rows of `step`, which the host knows, in place; nothing is copied if they are."""
         if self.loaded != step:
@@ -139,8 +154,18 @@ class StepTables:
         scale = s·s_w·a₂,  shift = bias + b₂ - scale·zero·(Σ w + o·n),  offset = scale·o.
         """
         ops.load_step(
-            self.step, self._grids, self._inputs, self._fixed, self._maps, self.grids, self.scale, self.shift, self.offset
+            self.step,
+            self._grids,
+            self._inputs,
+            self._fixed,
+            self._maps,
+            self.grids,
+            self.scale,
+            self.shift,
+            self.offset,
         )
+        for values, row in self._followed:
+            torch.index_select(values, 0, self.step, out=row)
 
     def of(self, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, shift, offset) of one product at the current step, each [N]: views that stay valid."""

@@ -110,7 +110,9 @@ def _normalised(
         tl.store(out + target, y.to(out.dtype.element_ty), valid)
 
 
-@triton.jit(do_not_specialize=["pixels", "pieces", "blocks_first", "height", "columns", "out_h", "out_w", "left", "top"])
+@triton.jit(
+    do_not_specialize=["pixels", "pieces", "blocks_first", "height", "columns", "out_h", "out_w", "left", "top"]
+)
 def _apply_kernel(
     first, second, moments, shift, shift_stride, weight, bias, grids, out_first, out_second, pixels, pieces,
     blocks_first, width_first, width_second, groups, per_group, eps, height, columns, out_h, out_w, left, top,

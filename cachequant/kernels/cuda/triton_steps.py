@@ -1,4 +1,4 @@
-"""Triton operators that read the row of the current step from tables: epilogues of all layers, maps of features and predictions."""
+"""Triton operators that read the current step's row of tables: epilogues of all layers, maps of features and predictions."""
 
 from __future__ import annotations
 
@@ -81,14 +81,15 @@ def _map_kernel(
 
 
 def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
-    """See `cachequant.kernels.cuda.reference.map_channels`; any strides, the result lies in memory as x does if that is dense."""
+    """See `cachequant.kernels.cuda.reference.map_channels`; any strides, and the result lies in memory as a dense x does."""
     x = _dense(x)
     out = torch.empty_like(x)
     channels, pixels = x.shape[channel_dim], x[0].numel() // x.shape[channel_dim]
-    strides = (0, 0, 0) if other is None else _strides(other, channel_dim)
-    if other is not None and strides is None:
-        other = other.contiguous()
-        strides = _strides(other, channel_dim)
+    strides = (0, 0, 0)
+    if other is not None:
+        other = other if _has_even_rows(other) else other.contiguous()
+        pixel = 3 - channel_dim if other.dim() == 3 else 3
+        strides = other.stride(0), other.stride(channel_dim), other.stride(pixel)
     _map_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         x, x if other is None else other, maps, step, out, x.numel(), channels, pixels, maps.shape[2], *strides,
         last=x.stride(channel_dim) == 1, has_other=other is not None, block=BLOCK,
@@ -98,11 +99,10 @@ def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, ch
 
 def _dense(x: Tensor) -> Tensor:
     """x without gaps, its channels last or before all pixels."""
-    return x if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) else x.contiguous()
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last or x.is_contiguous() else x.contiguous()
 
 
-def _strides(x: Tensor, channel_dim: int) -> tuple[int, int, int] | None:
-    """Strides of batch, channel and pixel of [B, C, H, W] or [B, N, C]; None where rows of pixels have gaps between them."""
-    if x.dim() == 3:
-        return x.stride(0), x.stride(channel_dim), x.stride(3 - channel_dim)
-    return (x.stride(0), x.stride(1), x.stride(3)) if x.stride(2) == x.shape[3] * x.stride(3) else None
+def _has_even_rows(x: Tensor) -> bool:
+    """Whether all pixels of [B, C, H, W] lie at one distance from each other; tokens [B, N, C] always do."""
+    return x.dim() == 3 or x.stride(2) == x.shape[3] * x.stride(3)

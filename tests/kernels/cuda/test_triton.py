@@ -92,7 +92,9 @@ def test_map_channels(channels, layout, dtype):
         x, other = draw(2, channels, 7, 5, dtype=dtype).transpose(2, 3), other[:, :, :, ::2].repeat(1, 1, 1, 2)[..., :7]
     for second in (None, other):
         found = triton_steps.map_channels(x, second, maps, step, dim)
-        exact = reference.map_channels(x.double(), None if second is None else second.double(), maps.double(), step, dim)
+        exact = reference.map_channels(
+            x.double(), None if second is None else second.double(), maps.double(), step, dim
+        )
         torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
         assert torch.equal(found.narrow(dim, 4, channels - 4), x.narrow(dim, 4, channels - 4))
         assert found.is_contiguous(memory_format=torch.channels_last) or layout != "channels last"
