@@ -31,7 +31,7 @@ from cachequant.config import RunConfig
 from cachequant.evaluation.features import fashion_statistics
 from cachequant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from cachequant.evaluation.judges import NETWORKS, DrawingFeatures, Features
-from cachequant.evaluation.paired import feature_distance, psnr
+from cachequant.evaluation.paired import feature_distance, finite_psnr
 from cachequant.evaluation.peers import Budget, Trial, draw_peer, peers_of, require_peer
 from cachequant.evaluation.rows import FULL
 from cachequant.evaluation.tables import read_miniature
@@ -129,7 +129,7 @@ class Judge:
         found: dict[str, float | None] = {
             "distance": frechet_distance(*_gaussian(mine), *self.reference),
             "feature_distance": float(feature_distance(mine, self.features(full)).mean()),
-            "psnr": None if images is full else float(psnr(images, full, 1.0).clamp(max=99).mean()),
+            "psnr": None if images is full else float(finite_psnr(images, full, 1.0).mean()),
         }
         network = self.features.network
         if self.prompts and isinstance(network, DrawingFeatures):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cachequant.errors import UserError
 from cachequant.evaluation.features import FEATURE_CHANNELS, FashionCNN, load_feature_network
-from cachequant.evaluation.retrieval import load_judge, prompt_similarities
+from cachequant.evaluation.retrieval import are_found, load_judge, prompt_similarities
 
 DRAWING = 64
 
@@ -88,8 +88,7 @@ class DrawingFeatures(FeatureNetwork):
         self._check(images)
         scores = prompt_similarities((self.network, self._tokenizer), images, prompts)  # [B, M]
         place = {prompt: i for i, prompt in enumerate(prompts)}
-        own = scores.gather(1, torch.tensor([place[answer] for answer in answers])[:, None])  # [B, 1]
-        return ((scores >= own).sum(1) == 1).double()
+        return are_found(scores, torch.tensor([place[answer] for answer in answers])).double()
 
     def _check(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != (3, DRAWING, DRAWING):

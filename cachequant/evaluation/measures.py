@@ -12,11 +12,8 @@ from cachequant.evaluation.frechet import FeatureStatistics, Gaussian, ScoreSums
 from cachequant.evaluation.images import ImageSet
 from cachequant.evaluation.inception import CLASSES, POOL, SPATIAL, Inception
 from cachequant.evaluation.judges import DrawingFeatures, FeatureNetwork
-from cachequant.evaluation.paired import feature_distance, psnr, ssim
+from cachequant.evaluation.paired import feature_distance, finite_psnr, ssim
 from cachequant.evaluation.perceptual import ClipScore, Lpips
-
-EQUAL_PSNR = 100.0
-"""dB that a pair of equal images counts in a mean, where the definition is infinite."""
 
 
 class Measure(nn.Module):
@@ -169,7 +166,7 @@ class PairedMeasure(MeanMeasure):
             assert self.lpips is not None
             return self.lpips(images, other)
         if name == "psnr":
-            return psnr(images.float(), other.float(), 255.0).clamp(max=EQUAL_PSNR)
+            return finite_psnr(images.float(), other.float(), 255.0)
         return ssim(images.float(), other.float(), 255.0)
 
 

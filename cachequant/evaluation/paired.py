@@ -6,6 +6,8 @@ from torch import Tensor
 
 from cachequant.errors import UserError
 
+EQUAL_PSNR = 100.0
+"""dB that equal images count in a mean, where the definition is infinite."""
 WINDOW = 11
 SIGMA = 1.5
 
@@ -18,6 +20,11 @@ def psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
     a, b = _pairs(a, b, ndim=4)
     error = (a - b).square().mean(dim=(1, 2, 3))  # [B]
     return 10.0 * torch.log10(data_range**2 / error)
+
+
+def finite_psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
+    """`psnr` for means: at most `EQUAL_PSNR`."""
+    return psnr(a, b, data_range).clamp(max=EQUAL_PSNR)
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:

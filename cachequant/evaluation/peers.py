@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cachequant.cache.delta_dit import block_list, checked_span
 from cachequant.config import CacheConfig
 from cachequant.errors import UserError
-from cachequant.evaluation.paired import psnr
+from cachequant.evaluation.paired import finite_psnr
 from cachequant.models.adapter import denoiser_of
 from cachequant.models.loading import Generator
 
@@ -33,8 +33,6 @@ BISECTIONS = 7
 ANYTHING = 1 - 1e-6
 PLACES = 3
 """Numbers that DeepCache has for the resnets of a block."""
-EQUAL_PSNR = 100.0
-"""dB that images equal to the full model's count, where the definition is infinite."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class Trial:
             return choices[0]
         exact, scores = self.draw(UNTOUCHED).images, []
         for choice in tqdm(choices, desc=choices[0].peer, unit="setting", leave=False, disable=None):
-            scores.append(float(psnr(self.draw(choice).images, exact, 1.0).clamp(max=EQUAL_PSNR).mean()))
+            scores.append(float(finite_psnr(self.draw(choice).images, exact, 1.0).mean()))
         return choices[scores.index(max(scores))]
 
     def _with_thresholds(self, choices: Sequence[Setting]) -> list[Setting]:

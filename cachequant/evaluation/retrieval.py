@@ -62,6 +62,10 @@ def retrieval_accuracy(similarities: Tensor, answers: Tensor, top: int = 1) -> f
     if len(similarities) == 0 or answers.shape != similarities.shape[:1]:
         given = f"similarities {list(similarities.shape)} and answers {list(answers.shape)} given"
         raise UserError(f"{given}; expected [N, M] and [N] with N >= 1: one answer for each image")
+    return float(are_found(similarities, answers, top).double().mean())
+
+
+def are_found(similarities: Tensor, answers: Tensor, top: int = 1) -> Tensor:
+    """Whether each row of [N, M] has its right column [N] among the `top` most similar: bool [N]; ties count against it."""
     right = similarities.gather(1, answers[:, None])  # [N, 1]
-    at_least = (similarities >= right).sum(1)  # the right one included
-    return float((at_least <= top).double().mean())
+    return (similarities >= right).sum(1) <= top  # the right one included

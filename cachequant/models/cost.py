@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cachequant.models.adapter import Adapter
 from cachequant.plan import Plan
-from cachequant.storage import pack_correction, pack_quant
-from cachequant.types import QuantState
+from cachequant.storage import pack_correction, pack_quant, pack_weights
+from cachequant.types import LayerQuant, QuantState
 
 
 def step_macs(adapter: Adapter, x: Tensor, timestep: Tensor, kwargs: dict[str, Tensor]) -> tuple[float, float]:
@@ -37,6 +37,11 @@ def run_macs(full: float, cached: float, plan: Plan | None, num_steps: int) -> f
 def float_bytes(denoiser: nn.Module) -> int:
     """Bytes of the untouched weights in float32."""
     return sum(p.numel() * 4 for p in denoiser.parameters())
+
+
+def weight_bytes(layer: LayerQuant) -> int:
+    """Bytes of a layer's integer weights with their grids, as stored."""
+    return _bytes(pack_weights(QuantState({"": layer})))
 
 
 def plan_bytes(float_total: int, plan: Plan) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cachequant.budget import Allowance, solve_budget
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.costs import COSTS, Band, band_for
+from cachequant.costs import COSTS, Band, Cost, band_for
 from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.effect import effect_weights
@@ -56,7 +56,7 @@ def gather(context: Context) -> Calibration:
     """Sample in full precision and stream features into the band; T feature maps are never held at once."""
     config, settings = context.config, context.config.calibration
     cost = COSTS[config.schedule.cost]
-    bands: dict[Hashable, Band] = {}
+    bands = ContextBands(lambda: new_band(context, cost))
     cache = FeatureCache(uniform_schedule(context.num_steps, 1))
     gains = SamplerGains(context) if cost.weight == "sampler" else None
     rows = max(settings.refresh_inputs, settings.cached_inputs)
@@ -77,10 +77,8 @@ def gather(context: Context) -> Calibration:
         if begun > measured_batches:
             return output
         with clock.part("dps"):
-            if call.context not in bands:
-                bands[call.context] = new_band(context)
             thin = cost.error == "l2" and gains is not None  # an estimate anyway: half the rows will do
-            bands[call.context].update(feature[::2] if thin else feature)
+            bands.update(call.context, feature[::2] if thin else feature)
             if gains is not None and call.opens:
                 gains.update(cache.step, call, output, feature)
         return output
@@ -90,21 +88,42 @@ def gather(context: Context) -> Calibration:
     if cost.weight == "effect":
         with clock.part("effects"):
             weights = effect_weights(context)
-    pooled, *others = bands.values()
-    for band in others:
-        pooled.merge(band)
+    pooled = bands.pooled()
     measured = {f"{name}_seconds": value for name, value in clock.seconds.items()}
     measured["ring_bytes"] = float(pooled.peak_bytes)
     return Calibration(pooled.values, config.schedule.cost, weights, spread.deviation, inputs.joined(), measured)
 
 
-def new_band(context: Context) -> Band:
-    """What streams one context's features for the configuration's cost."""
+def new_band(context: Context, cost: Cost) -> Band:
+    """What streams one guidance context's features for a cost."""
     config = context.config
-    bits = config.quant.activation_bits
     return band_for(
-        COSTS[config.schedule.cost], context.num_steps, config.cache.interval, context.adapter.channel_dim, bits
+        cost, context.num_steps, config.cache.interval, context.adapter.channel_dim, config.quant.activation_bits
     )
+
+
+class ContextBands:
+    """A band for every guidance context, so that no feature is compared with another context's; together in the end.
+
+    Args:
+        make: an empty band.
+    """
+
+    def __init__(self, make: Callable[[], Band]) -> None:
+        self._make, self._bands = make, dict[Hashable, Band]()
+
+    def update(self, context: Hashable, feature: Tensor) -> None:
+        """Take the feature of a context's next step."""
+        if context not in self._bands:
+            self._bands[context] = self._make()
+        self._bands[context].update(feature)
+
+    def pooled(self) -> Band:
+        """All of them as one, to be asked for once."""
+        pooled, *others = self._bands.values()
+        for band in others:
+            pooled.merge(band)
+        return pooled
 
 
 class SamplerGains:

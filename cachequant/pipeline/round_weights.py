@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cachequant.errors import UserError
 from cachequant.kernels.reference import Geometry
-from cachequant.models.cost import float_bytes
+from cachequant.models.cost import float_bytes, weight_bytes
 from cachequant.pipeline.context import ROUNDING
 from cachequant.pipeline.gains import output_gains
 from cachequant.pipeline.hook import Call
@@ -36,7 +36,6 @@ from cachequant.quant.rounding import (
     best_rounding,
     candidate_grids,
 )
-from cachequant.storage import pack_weights
 from cachequant.types import LayerQuant, QuantState, WeightGrid
 
 SUMS_BYTES = 8 << 30
@@ -77,16 +76,12 @@ def needing(state: QuantState) -> list[str]:
     return [name for name, grid in firsts.items() if grid.bits < 8 and grid.format == "int"]
 
 
+@dataclass(frozen=True)
 class Rounded:
     """A rounded layer and the mean squared error of each output channel [O] that its rounding causes."""
 
-    def __init__(self, layer: LayerQuant, error: Tensor) -> None:
-        self.layer, self.error = layer, error
-
-    @property
-    def bytes(self) -> int:
-        """Of the weights as stored."""
-        return sum(t.numel() * t.element_size() for t in pack_weights(QuantState({"": self.layer})).values())
+    layer: LayerQuant
+    error: Tensor
 
 
 def round_layer(source: Layer, layer: LayerQuant, sums: InputSums, symmetric: bool, bits: int | None = None) -> Rounded:
@@ -95,7 +90,8 @@ def round_layer(source: Layer, layer: LayerQuant, sums: InputSums, symmetric: bo
     rows, segment = weight.flatten(1), segment_of_columns(weight, layer.widths)
     candidates = candidate_grids(rows, segment, bits or layer.weights[0].bits, symmetric)
     middle = candidates[len(candidates) // 3]
-    damping = best_damping(rows, sums.halves, middle) if sums.halves else DAMPINGS[0]
+    halves = sums.halves
+    damping = best_damping(rows, halves, middle) if halves else DAMPINGS[0]
     integers, grids, error = best_rounding(rows, Factor.of(sums.moment, damping), candidates)
     return Rounded(with_weights(layer, integers.view(weight.shape), grids), error)
 
@@ -184,8 +180,7 @@ def _promoted(
     total = float_bytes(walk.context.adapter.denoiser)
     chosen = {**state.layers, **{name: made.layer for name, made in cheap.items()}}
     least = total + sum(
-        Rounded(layer, torch.zeros(0)).bytes - 4 * sum(g.values.numel() for g in layer.weights)
-        for layer in chosen.values()
+        weight_bytes(layer) - 4 * sum(g.values.numel() for g in layer.weights) for layer in chosen.values()
     )
     if least > budget * total:
         raise UserError(
@@ -195,7 +190,9 @@ def _promoted(
     gains = output_gains(walk, list(dear))
 
     def option(made: Rounded, gain: Tensor) -> Option:
-        return Option(made.layer.weights[0].bits, made.bytes, float((gain.cpu() * made.error.cpu()).sum()))
+        return Option(
+            made.layer.weights[0].bits, weight_bytes(made.layer), float((gain.cpu() * made.error.cpu()).sum())
+        )
 
     options = {name: (option(cheap[name], gain), option(dear[name], gain)) for name, gain in gains.items()}
     return [name for name, bits in choose_bits(options, budget * total - least).items() if bits == 8]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cachequant.errors import UserError
-from cachequant.evaluation.paired import feature_distance, psnr, ssim
+from cachequant.evaluation.paired import EQUAL_PSNR, feature_distance, finite_psnr, psnr, ssim
 
 
 @pytest.fixture
@@ -82,3 +82,11 @@ def test_unpaired_or_small_images_are_refused(images: Tensor) -> None:
         feature_distance(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(UserError, match="11 or more"):
         ssim(images[..., :10], images[..., :10])
+
+
+def test_equal_images_have_a_finite_share_in_a_mean(images: Tensor) -> None:
+    other = images.double()
+    other[1:] += 0.2
+    found = finite_psnr(images.double(), other)
+    torch.testing.assert_close(found, torch.tensor([EQUAL_PSNR, 20.0, 20.0], dtype=torch.float64))
+    assert psnr(images, images).isinf().all()

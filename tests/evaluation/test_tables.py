@@ -18,7 +18,7 @@ from cachequant.evaluation.tables import TITLES, Comparison, Part, Row, derived,
 
 PARTS = [part for name in table_names() for part in read_table(name)]
 PART = Part(
-    "toy", "A toy", "configs/fashion.yaml", 10, ("fid",), "fid", "fashion",
+    "toy", "A toy", "configs/fashion.yaml", 10, ("fid",), "fashion",
     (
         Row("full", (), {"fid": 3.0, "speedup": 1.0}, "P"),
         Row("bad", ("method=naive",), {"fid": 15.0, "speedup": 8.0}, "P"),
@@ -46,7 +46,7 @@ def test_every_row_is_a_configuration_of_its_model_and_of_its_miniature(part: Pa
         assert bool(row.paper) == bool(row.source)
         for config in (part.config, stand_in.config):
             load_config(repository_folder() / config, list(row.set or ()))
-    assert set(part.metrics) <= set(METRICS) and part.quality in part.metrics
+    assert set(part.metrics) <= set(METRICS)
     assert set(stand_in.metrics) | set(stand_in.paired) <= set(METRICS)
     load_config(repository_folder() / stand_in.config, list(part.miniature_set))
 
@@ -111,7 +111,7 @@ def test_the_plot_has_a_point_where_both_numbers_are() -> None:
         ("parts: []", "has no parts"),
         ("parts: [{name: x}]", "lacks keys"),
         ("parts: [{name: x, colour: red}]", "unknown key colour"),
-        ("parts: [{name: x, title: x, config: x, images: 1, metrics: [fid], quality: fid, miniature: x, rows: [{name: a}]}]",
+        ("parts: [{name: x, title: x, config: x, images: 1, metrics: [fid], miniature: x, rows: [{name: a}]}]",
          "row 'full' occurs 0 times"),
         ("parts: [{name: x, rows: [{name: full, paper: {fid: good}}]}]", "figure 'good', expected a number"),
         ("- 1", "holds a list"),

@@ -22,7 +22,7 @@ from cachequant.cache.feature_cache import FeatureCache, HeldFeature
 from cachequant.correction import Moments
 from cachequant.costs import rounding
 from cachequant.errors import UserError
-from cachequant.evaluation.paired import psnr
+from cachequant.evaluation.paired import finite_psnr
 from cachequant.evaluation.plots import points_figure
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
@@ -208,7 +208,7 @@ def study(subject: StudySubject, count: int) -> Findings:
         for name, form in FEATURE_FORMATS.items()
         if form.share == 1.0
     }
-    quality = {name: float(psnr(images, exact, 1.0).clamp(max=99).mean()) for name, images in held.items()}
+    quality = {name: float(finite_psnr(images, exact, 1.0).mean()) for name, images in held.items()}
     return _findings(context, reference, by_count, quality, count)
 
 

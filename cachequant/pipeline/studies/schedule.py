@@ -7,8 +7,8 @@ rank correlation with the measured error is over the random schedules, which no 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.costs import COSTS, Band, band_for
+from cachequant.costs import COSTS
 from cachequant.errors import UserError
-from cachequant.evaluation.paired import psnr
+from cachequant.evaluation.paired import finite_psnr
 from cachequant.evaluation.plots import points_figure, schedule_figure
-from cachequant.pipeline.calibrate import SamplerGains
+from cachequant.pipeline.calibrate import ContextBands, SamplerGains, new_band
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.effect import effect_weights
 from cachequant.pipeline.hook import Call
@@ -105,7 +105,7 @@ def judge(
 
     def compute() -> tuple[float, float]:
         images = draw(context, stages.plan()[0], seeds, "schedule").images
-        return float((images - exact).square().mean()), float(psnr(images, exact, 1.0).clamp(max=99).mean())
+        return float((images - exact).square().mean()), float(finite_psnr(images, exact, 1.0).mean())
 
     def save(folder: Path, value: tuple[float, float]) -> None:
         save_json(folder / "judged.json", {"error": value[0], "psnr": value[1]})
@@ -145,32 +145,22 @@ def _band_name(name: str) -> str:
 
 def _gather(context: Context) -> dict[str, Tensor]:
     """Every band that some cost needs, and every weight."""
-    bands: dict[str, dict[Hashable, Band]] = {_band_name(name): {} for name in COSTS}
-    kinds = {_band_name(name): cost for name, cost in COSTS.items()}
+    bands = {_band_name(name): ContextBands(partial(new_band, context, cost)) for name, cost in COSTS.items()}
     cache, gains = FeatureCache(uniform_schedule(context.num_steps, 1)), SamplerGains(context)
-    bits, interval = context.config.quant.activation_bits, context.config.cache.interval
 
     def step(call: Call) -> Tensor:
         """In full; the feature goes into every band of its context."""
         output, feature = context.adapter.full(call.x, call.timestep, **call.kwargs)
-        for name, per_context in bands.items():
-            if call.context not in per_context:
-                dim = context.adapter.channel_dim
-                per_context[call.context] = band_for(kinds[name], context.num_steps, interval, dim, bits)
-            per_context[call.context].update(feature)
+        for band in bands.values():
+            band.update(call.context, feature)
         if call.opens:
             gains.update(cache.step, call, output, feature)
         return output
 
     context.trajectories(step, cache, context.seeds(), "1 costs")
     ones = torch.ones(context.num_steps, dtype=torch.float64)
-    found = {"none": ones, "sampler": gains.weights(), "effect": effect_weights(context)}
-    for name, per_context in bands.items():
-        pooled, *others = per_context.values()
-        for other in others:
-            pooled.merge(other)
-        found[name] = pooled.values
-    return found
+    weights = {"none": ones, "sampler": gains.weights(), "effect": effect_weights(context)}
+    return weights | {name: band.pooled().values for name, band in bands.items()}
 
 
 def rank_correlations(found: dict[str, Measured]) -> dict[str, float | None]:
