@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cachequant.errors import UserError
-from cachequant.schedule import solve_schedule
 
 TOLERANCE = 1e-9
 """Relative rounding of sums of times."""
@@ -37,7 +36,8 @@ class Allowance:
     @property
     def equal(self) -> bool:
         """Whether every refresh adds the same time, so that their number says everything."""
-        return len({full - cached for full, cached in zip(self.full, self.cached, strict=True)}) == 1
+        added = [full - cached for full, cached in zip(self.full, self.cached, strict=True)]
+        return max(added) - min(added) <= TOLERANCE * max(map(abs, added))
 
     def spent(self, refresh_steps: tuple[int, ...]) -> float:
         """Milliseconds of a run with these full steps."""
@@ -80,10 +80,9 @@ def refreshes_within(num_steps: int, full: float, cached: float, budget: float) 
 
 
 def solve_budget(costs: Tensor, full: Tensor, cached: Tensor, budget: float, shortest: int = 1) -> BudgetSolution:
-    """The cheapest schedule that takes at most `budget`.
+    """The cheapest schedule within `budget` on the lower hull of (time, cost), at most cost - bound above the optimum.
 
-    Exact where every refresh adds the same time; else the cheapest on the lower hull of (time, cost), whose distance to the
-    optimum is at most cost - bound.
+    Where every refresh adds the same time their number says more: `refreshes_within` and `cachequant.schedule` are exact.
 
     Args:
         costs: [T, L + 1] of `group_costs`.
@@ -95,8 +94,6 @@ def solve_budget(costs: Tensor, full: Tensor, cached: Tensor, budget: float, sho
         UserError: no schedule with groups of at most L steps is that fast.
     """
     added, base = (full - cached).double(), float(cached.double().sum())
-    if float(added.max() - added.min()) <= TOLERANCE * float(added.abs().max()):
-        return _equal_refreshes(costs, float(full[0]), float(cached[0]), budget, shortest)
     slow = _Point.at(costs, added, 0.0, shortest)
     if base + slow.added <= budget * (1 + TOLERANCE):
         return BudgetSolution(slow.steps, slow.cost, base + slow.added, slow.cost)
@@ -116,21 +113,6 @@ def solve_budget(costs: Tensor, full: Tensor, cached: Tensor, budget: float, sho
             fast = found
         else:
             slow = found
-
-
-def _equal_refreshes(costs: Tensor, full: float, cached: float, budget: float, shortest: int) -> BudgetSolution:
-    """Best of all counts of groups that fit."""
-    num_steps, longest = len(costs), costs.shape[1] - 1
-    most = refreshes_within(num_steps, full, cached, budget)
-    counts = range(-(-num_steps // longest), min(most, num_steps // shortest) + 1)
-    found = [(*solve_schedule(costs, count, shortest, longest), count) for count in counts]
-    if not found:
-        raise UserError(
-            f"the time budget allows {most} refreshes, expected at least {counts.start} with groups of at most {longest} "
-            "steps: raise cache.budget_ms or lower cache.speedup"
-        )
-    steps, cost, count = min(found, key=lambda each: each[1])
-    return BudgetSolution(steps, cost, count * full + (num_steps - count) * cached, cost)
 
 
 @dataclass(frozen=True)

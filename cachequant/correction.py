@@ -139,8 +139,9 @@ def solve_held_out(halves: tuple[Moments, Moments], ridge: float = 0.0) -> Affin
     """Least squares over both halves of the samples, shrunk towards no change by what each half confirms of the other's fit.
 
     With u_k = f_k(x) - x₁ the change that the fit of half k makes and r = y - x₁ the one wanted, the factor is
-    λ = Σ_k ⟨u_k, r⟩ / Σ_k ⟨u_k, u_k⟩ over the half that k has not seen, kept in [0, 1]: the λ with the least held-out error.
-    0 leaves the channel as it is, which is never worse there. All of it follows from the sums. Ours, not in the paper.
+    λ = Σ_k ⟨u_k, r⟩ / Σ_k ⟨u_k, u_k⟩ over the half that k has not seen, kept in [0, 1]: the λ with the least held-out error
+    of the two fits, which is never more than that of λ = 0, no change. What it then shrinks is the fit over both halves,
+    for which nothing is left to be held out. All of it follows from the sums. Ours, not in the paper.
 
     Args:
         halves: sums of the same features and target over disjoint samples.

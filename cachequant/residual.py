@@ -19,7 +19,8 @@ class ResidualBand:
     their squares and their product (CacheQuant equation 10 gives the fit; its residual as a cost is ours). With `reach` 2
     the feature refreshed one group earlier is a second regressor (the forecast), and lags are kept up to two groups.
 
-    Memory: reach·L - 1 features of one batch, and T × reach·L × C float64 numbers, L = min(2N, T).
+    Memory: G = min(reach·L, T) features of one batch, L = min(2N, T), and T × (G + 3) × C float64 numbers, with `hold`
+    T × (2G + 3) × C.
 
     Args:
         num_steps: evaluations of the sampler (T).

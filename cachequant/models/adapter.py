@@ -36,10 +36,15 @@ class Consumer:
 
 
 class Tap:
-    """Hands one tensor from a hook to the code behind it; torch.compile follows it without a guard on its content."""
+    """Hands one tensor from a hook to the code behind it; torch.compile follows it without a guard on its content.
+
+    Attributes:
+        awaited: whether somebody will take one, for hooks that also run where nobody does.
+    """
 
     def __init__(self) -> None:
         self._held: Tensor | None = None
+        self.awaited = False
 
     def put(self, tensor: Tensor) -> None:
         """Called by the hook."""
@@ -47,7 +52,7 @@ class Tap:
 
     def take(self) -> Tensor:
         """What was put last; it is let go of."""
-        held, self._held = self._held, None
+        held, self._held, self.awaited = self._held, None, False
         assert held is not None, "the layer that is tapped did not run"
         return held
 

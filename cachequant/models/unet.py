@@ -50,10 +50,13 @@ class UNetAdapter:
         tap = Tap()
 
         def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not tap.awaited:  # a cached step runs this layer too, on the feature that it was given
+                return
             h = inputs[0][0] if isinstance(inputs[0], tuple) else inputs[0][:, : self.width]  # fused blocks pass halves
             tap.put(h.clone(memory_format=torch.preserve_format))
 
         def run(x: Tensor, timestep: Any, cond: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            tap.awaited = True
             return self._run(self.denoiser, x, timestep, cond, kwargs), tap.take()
 
         handle = self.site.consumer.register_forward_pre_hook(catch)

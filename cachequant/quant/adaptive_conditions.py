@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cachequant.quant.once_a_forward import OnceAForward
+
 
 class AdaptiveConditions:
     """What `norm1.emb` and `norm1.linear` of several blocks make of timestep and class, when the first of them asks.
@@ -30,8 +32,7 @@ class AdaptiveConditions:
         self.weights = [_stacked(layers) for layers in self._layers]  # [L, O, I] each
         self.biases = [torch.stack([layer.bias.detach() for layer in layers])[:, None] for layers in self._layers]
         self.classes = _stacked(self._tables)  # [L, K, C]
-        self._asked: tuple[Any, Any] | None = None
-        self._made = torch.empty(0)
+        self._once = OnceAForward(self._compute)
 
     def of(self, block: Any, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """shift, scale, gate of the attention, then of the feed-forward layer: [6, B, C].
@@ -41,10 +42,7 @@ class AdaptiveConditions:
             timestep, labels: [B].
             dtype: of the network.
         """
-        if self._asked is None or timestep is not self._asked[0] or labels is not self._asked[1]:
-            self._made = self._compute(timestep, labels, dtype)
-            self._asked = timestep, labels
-        return self._made[self.place[id(block)]]
+        return self._once.of(id(block), timestep, labels, dtype)[self.place[id(block)]]
 
     def _compute(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """[L, 6, B, C]."""

@@ -24,8 +24,9 @@ class Option:
 def choose_bits(options: Mapping[str, tuple[Option, Option]], spare: float) -> dict[str, int]:
     """Bits of every layer: the cheap option of each, and the dear one where it saves most error per byte.
 
-    Taking the promotions in the order of their saving per byte is the Lagrangian solution of the knapsack: for the bytes
-    that it uses no other choice has less error, beside those that end just before one promotion that no longer fits.
+    Promotions are taken in the order of their saving per byte, each where it still fits: the greedy solution of the
+    knapsack. Of all choices with so many bytes to spare the best has less error by at most what the bytes that are left at
+    the first promotion that does not fit would save at that one's rate (Dantzig 1957): by less than that promotion.
 
     Args:
         options: layer -> (cheap, dear).

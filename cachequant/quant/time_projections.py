@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cachequant.quant.once_a_forward import OnceAForward
+
 
 class TimeProjections:
     """`time_emb_proj(SiLU(temb))` of several resnets, computed when the first of them asks in a step.
@@ -26,18 +28,16 @@ class TimeProjections:
         self.bias = torch.cat([layer.bias.detach() for layer in self.layers])  # [Σ C]
         for layer, weight in zip(self.layers, self.weight.split(self.sizes), strict=True):
             layer.weight.data = weight
-        self._asked: Tensor | None = None
-        self._made: dict[int, Tensor] = {}
+        self._once = OnceAForward(self._compute)
 
     def of(self, resnet: Any, temb: Tensor) -> Tensor:
         """The projection [B, C] of the embedding `temb` [B, E] for one resnet; a view, whose rows lie apart."""
-        if temb is not self._asked:
-            parts = F.linear(F.silu(temb), self.weight.to(temb.dtype), self.bias.to(temb.dtype)).split(
-                self.sizes, dim=1
-            )
-            self._made = {id(layer): part for layer, part in zip(self.layers, parts, strict=True)}
-            self._asked = temb
-        return self._made[id(resnet.time_emb_proj)]
+        return self._once.of(id(resnet), temb)[id(resnet.time_emb_proj)]
+
+    def _compute(self, temb: Tensor) -> dict[int, Tensor]:
+        """id of a projection -> [B, C]."""
+        made = F.linear(F.silu(temb), self.weight.to(temb.dtype), self.bias.to(temb.dtype))  # [B, Σ C]
+        return {id(layer): part for layer, part in zip(self.layers, made.split(self.sizes, dim=1), strict=True)}
 
     def release(self) -> None:
         """Give every projection memory of its own again."""

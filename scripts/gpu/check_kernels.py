@@ -238,16 +238,6 @@ def quantize_case(size: tuple[int, int, int], pad: list[int], upsample: int, dty
     return compare("quantize_image", label, ops.quantize_image(x, grid(-17.0), pad, upsample), expected, 0.0)
 
 
-def gelu_case(rows: int, kind: str, dtype: torch.dtype) -> Case:
-    """The activations of feed-forward layers."""
-    x = torch.randn(rows, 1280, device="cuda").to(dtype)
-    if kind == "geglu":
-        found, expected = ops.geglu_int8(x, grid(5.0)), reference.geglu(x, grid(5.0))
-    else:
-        found, expected = ops.gelu_int8(x, grid(5.0), kind == "tanh"), reference.gelu(x, grid(5.0), kind == "tanh")
-    return compare(f"{kind}_int8", f"{list(x.shape)} {str(dtype)[6:]}", found, expected, 0.01)
-
-
 def window_case(image: tuple[int, ...], window: tuple[int, int], stride: tuple[int, int]) -> Case:
     """Sums over a convolution's window, exact."""
     x = integers(*image)
@@ -256,7 +246,7 @@ def window_case(image: tuple[int, ...], window: tuple[int, int], stride: tuple[i
 
 
 def pointwise(quick: bool) -> Iterator[Case]:
-    """Normalisations, quantisation, activations, window sums: the operators as the network calls them."""
+    """Normalisations, quantisation, window sums: the operators as the network calls them."""
     sizes = [(2, 3, 5)] if quick else [(1, 1, 2), (2, 8, 8), (2, 7, 9), (2, 32, 32), (2, 64, 64), (1, 40, 33)]
     paddings = ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1])
     for size, dtype in itertools.product(sizes, (torch.float16, torch.bfloat16, torch.float32)):
@@ -272,8 +262,6 @@ def pointwise(quick: bool) -> Iterator[Case]:
         rows = (size[0], size[1] * size[2])
         for channels, flags in itertools.product((320, 1152, 1280), ((True, False), (False, True), (True, True))):
             yield attempt("layer_norm_int8", str((rows, channels)), layer_norm_case, rows, channels, *flags, dtype)
-        for kind in ("geglu", "tanh", "gelu"):
-            yield attempt(f"{kind}_int8", str(rows), gelu_case, rows[0] * rows[1], kind, dtype)
     for image, _, window, stride in CONV[:2] if quick else CONV:
         yield attempt("window_sum", str(image), window_case, image, window, stride)
 

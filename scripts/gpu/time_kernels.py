@@ -81,7 +81,6 @@ def between(batch: int) -> list[dict[str, Any]]:
         gain = torch.randn(channels, device="cuda").half()
         image = x.permute(0, 3, 1, 2)
         rows = x.flatten(1, 2)
-        wide = torch.randn(batch * size * size, 8 * channels, device="cuda").half()
         pairs = {
             "group norm": (
                 lambda x=x, g=gain: ops.group_norm_int8([x], None, g, g, 32, 1e-5, True, grids, [1, 1, 1, 1]),
@@ -92,11 +91,6 @@ def between(batch: int) -> list[dict[str, Any]]:
                 lambda r=rows, g=gain: ops.layer_norm_int8(r, g, g, None, None, 1e-5, grids),
                 lambda r=rows, g=gain: F.layer_norm(r, r.shape[-1:], g, g),
                 3.0 * x.numel(),
-            ),
-            "geglu": (
-                lambda w=wide: ops.geglu_int8(w, grids[0]),
-                lambda w=wide: w.chunk(2, 1)[0] * F.gelu(w.chunk(2, 1)[1]),
-                2.5 * wide.numel(),
             ),
             "quantize": (
                 lambda x=x: ops.quantize_image(x, grids[0], [1, 1, 1, 1], 1),

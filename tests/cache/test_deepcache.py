@@ -18,7 +18,7 @@ from cachequant.cache.deepcache import (
     shallow_view,
 )
 from cachequant.errors import UserError
-from cachequant.models.adapter import adapter
+from cachequant.models.adapter import Tap, adapter
 from cachequant.models.unet import UNetAdapter
 from cachequant.types import AffineMap
 from tests.cache.unet_cases import KINDS, TIMESTEP, Case, make, unconditional
@@ -85,6 +85,22 @@ def test_no_more_than_the_feature_is_held(case: Case) -> None:
         cut.cached(case.x, TIMESTEP, case.cond, feature)
         del feature
         assert held() is None
+
+
+def test_a_tap_that_stays_takes_nothing_in_cached_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+    put = Tap.put
+    monkeypatch.setattr(Tap, "put", lambda tap, tensor: taken.append(tensor) or put(tap, tensor))
+    for branch in branches(case.network):
+        cut = UNetAdapter(case.network, branch)
+        expected = [cut.full(x, TIMESTEP, case.cond) for x in (case.x, case.x + 1)]
+        taken.clear()
+        with cut.tapped() as run:
+            for x, (output, feature) in zip((case.x, case.x + 1), expected, strict=True):
+                found = run(x, TIMESTEP, case.cond)
+                assert torch.equal(found[0], output) and torch.equal(found[1], feature)
+                assert torch.equal(cut.cached(x, TIMESTEP, case.cond, feature), output)
+        assert len(taken) == len(expected)
 
 
 def test_the_network_is_left_as_it_was(case: Case) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,21 +33,33 @@ def test_the_next_run_ends_with_the_bytes_of_a_whole_one(kind: str, interruption
     assert problem is None, said
 
 
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    """Look again and again until it holds, but not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.01)
+
+
 def test_the_second_of_two_runs_in_one_folder_is_refused_and_the_first_is_not_disturbed(
     model: Path, tmp_path: Path
 ) -> None:
     first = fork(lambda: main(command(model)), lambda: os.chdir(tmp_path))
     lock = tmp_path / "out" / ".lock"
-    while not lock.is_file() or not lock.read_text():
-        time.sleep(0.01)
-    os.kill(first, signal.SIGSTOP)
     others = [
         command(model),
         ["calibrate", CONFIG, "elsewhere", *command(model)[4:], "--set", "output=.", "--set", "model.name=out"],
     ]
-    endings = [run(lambda words=words: main(words), tmp_path, [tmp_path]) for words in others]
-    os.kill(first, signal.SIGCONT)
-    assert wait(first, 120) == 0
+    try:
+        wait_until(lambda: lock.is_file() and lock.read_text() != "", f"{lock} is there")
+        os.kill(first, signal.SIGSTOP)
+        endings = [run(lambda words=words: main(words), tmp_path, [tmp_path]) for words in others]
+        os.kill(first, signal.SIGCONT)
+        status = wait(first, 120)
+    except BaseException:
+        os.kill(first, signal.SIGKILL)
+        raise
+    assert status == 0
     for ending in endings:
         assert ending.status == 2 and ending.problem() is None
         assert f"being written by process {first}" in ending.errors

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
 from cachequant.pipeline import pace as module
+from cachequant.pipeline import step_times
 from cachequant.pipeline.calibrate import Calibration
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.stages import Stages
@@ -25,12 +28,30 @@ EQUAL = StepTimes((5.0,) * 6, (1.0,) * 6, overhead=2.0, untouched=50.0)
 """Six steps: 2 + 6 + 4·K milliseconds."""
 
 
+@pytest.fixture
+def counted_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time goes on by a millisecond with every module that ran and with every look at the clock, and never else."""
+    count = itertools.count()
+
+    def tick(*_: Any) -> None:
+        next(count)
+
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: next(count) / 1e3))
+    handle = register_module_forward_hook(tick)
+    yield
+    handle.remove()
+
+
+@pytest.mark.usefixtures("counted_time")
 def test_measured_times_are_of_every_step_and_of_the_whole_run(pipe: Any, configure: Configure) -> None:
     context = Context.of(pipe, configure("backend=simulated"))
     times = measure_step_times(context, untouched=True)
     assert len(times.full) == len(times.cached) == 6 and times.allowance(9e9, None).equal
-    assert times.full[0] > times.cached[0] > 0 and times.overhead > 0
-    assert times.untouched is not None and times.untouched > 0
+    assert times.full[0] > times.cached[0] > 0
+    assert times.overhead == pytest.approx(
+        14
+    )  # the hooked network and a look at the clock for each step, and two looks
+    assert times.untouched == pytest.approx(6 * times.full[0] + times.overhead)
     assert measure_step_times(context, untouched=False).untouched is None
     assert "forward" not in vars(pipe.unet)
 

@@ -40,6 +40,22 @@ def test_each_block_gets_its_own_condition(transformer):
 
 
 @torch.no_grad()
+def test_a_forward_reads_the_values_of_its_own_timestep(transformer):
+    """A captured step finds it at the same address with other values."""
+    blocks = list(transformer.transformer_blocks)
+    shared, timestep, labels = AdaptiveConditions(blocks), torch.zeros(2), torch.tensor([3, 10])
+    for value in (999.0, 500.0):
+        timestep.fill_(value)
+        for block in blocks:
+            norm = block.norm1
+            expected = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=torch.float32))).unflatten(
+                1, (6, -1)
+            )
+            found = shared.of(block, timestep, labels, torch.float32)
+            assert torch.allclose(found, expected.transpose(0, 1), atol=1e-5)
+
+
+@torch.no_grad()
 def test_memory_is_shared_until_it_is_released(transformer):
     before = {name: p.clone() for name, p in transformer.named_parameters()}
     parts = ("linear", "emb.class_embedder.embedding_table")

@@ -19,22 +19,25 @@ def left(options, bits):
 
 
 @given(ERRORS, st.floats(0, 200))
-def test_no_choice_of_as_many_bytes_has_less_error_up_to_the_first_that_does_not_fit(values, spare):
+def test_the_best_of_all_choices_is_better_by_no_more_than_the_bytes_left_at_the_first_that_does_not_fit(values, spare):
     options = {
         f"layer{i}": (Option(4, size, before), Option(8, 2 * size, after))
         for i, (before, after, size) in enumerate(values)
     }
     bits = choose_bits(options, spare)
-    used = spent(options, bits)
-    assert used <= spare
-    for choice in product((4, 8), repeat=len(options)):
-        other = dict(zip(options, choice, strict=True))
-        rate = max(
-            ((c.error - d.error) / (d.bytes - c.bytes) for n, (c, d) in options.items() if bits[n] == 4), default=0.0
-        )
-        if spent(options, other) <= used:  # Lagrange: what another saves is at most what the skipped ones would
-            assert left(options, other) >= left(options, bits) - max(rate, 0.0) * used - 1e-9
-    assert all(pair[0].error > pair[1].error for name, pair in options.items() if bits[name] == 8)
+    assert spent(options, bits) <= spare
+    assert all(cheap.error > dear.error for name, (cheap, dear) in options.items() if bits[name] == 8)
+    choices = [dict(zip(options, choice, strict=True)) for choice in product((4, 8), repeat=len(options))]
+    best = min(left(options, choice) for choice in choices if spent(options, choice) <= spare)
+    rates = {name: (cheap.error - dear.error) / cheap.bytes for name, (cheap, dear) in options.items()}
+    room, lost = spare, 0.0
+    for name in sorted((n for n in options if rates[n] > 0), key=rates.__getitem__, reverse=True):
+        if bits[name] == 4:
+            lost = rates[name] * room
+            assert room < options[name][0].bytes  # it did not fit
+            break
+        room -= options[name][0].bytes
+    assert best - 1e-9 <= left(options, bits) <= best + lost + 1e-9
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.integers(0, 8))

@@ -39,6 +39,23 @@ def test_each_resnet_gets_its_own_projection(resnets):
 
 
 @torch.no_grad()
+def test_a_forward_reads_the_values_of_its_own_embedding(resnets):
+    """A captured step finds it at the same address with other values; a forward may end early."""
+    shared, temb = TimeProjections(list(resnets)), torch.randn(2, 12)
+    for end in (3, 1, 3):
+        temb.copy_(torch.randn(2, 12))
+        for resnet in resnets[:end]:
+            assert torch.allclose(shared.of(resnet, temb), resnet.time_emb_proj(F.silu(temb)), atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_forward_computes_once(resnets):
+    shared, temb = TimeProjections(list(resnets)), torch.randn(2, 12)
+    first, *rest = [shared.of(resnet, temb) for resnet in resnets]
+    assert all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in rest)
+
+
+@torch.no_grad()
 def test_memory_is_shared_until_it_is_released(resnets):
     before = [r.time_emb_proj.weight.clone() for r in resnets]
     shared = TimeProjections(list(resnets))

@@ -239,44 +239,6 @@ def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def
     return x.new_empty(grids.shape[0], *x.shape, dtype=torch.int8)
 
 
-@custom_op("cachequant::geglu_int8", mutates_args=())
-def geglu_int8(x: Tensor, grid: Tensor) -> Tensor:
-    """value·gelu(gate) of [R, 2C] = [value | gate] -> int8 [R, C]."""
-    return reference.geglu(x, grid)
-
-
-@geglu_int8.register_kernel("cuda")
-def _(x, grid):  # type: ignore[no-untyped-def]
-    from cachequant.kernels.cuda import triton_pointwise
-
-    _contiguous(x, grid)
-    return triton_pointwise.geglu(x, grid)
-
-
-@geglu_int8.register_fake
-def _(x, grid):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[1] // 2, dtype=torch.int8)
-
-
-@custom_op("cachequant::gelu_int8", mutates_args=())
-def gelu_int8(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
-    """GELU (its tanh form if asked) of [R, C] -> int8 [R, C]."""
-    return reference.gelu(x, grid, tanh)
-
-
-@gelu_int8.register_kernel("cuda")
-def _(x, grid, tanh):  # type: ignore[no-untyped-def]
-    from cachequant.kernels.cuda import triton_pointwise
-
-    _contiguous(x, grid)
-    return triton_pointwise.gelu(x, grid, tanh)
-
-
-@gelu_int8.register_fake
-def _(x, grid, tanh):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape, dtype=torch.int8)
-
-
 @custom_op("cachequant::window_sum", mutates_args=())
 def window_sum(x: Tensor, window: list[int], stride: list[int]) -> Tensor:
     """Σ of int8 [B, H, W, C] over a convolution's receptive field -> float32 [B, P, Q]."""

@@ -1,4 +1,4 @@
-"""Triton operators that read every value once: quantisation into padded images, GEGLU, GELU, sums of integers."""
+"""Triton operators that read every value once: quantisation into padded images, sums of integers; and what others share."""
 
 from __future__ import annotations
 
@@ -86,47 +86,6 @@ def quantize_image(x: Tensor, grid: Tensor, pad: Pad, upsample: int) -> Tensor:
     _quantize_kernel[blocks](
         x, grid, out, b * out_h * out_w, c, out_h, out_w, h, w, left, top, upsample, rows=rows, columns=columns
     )
-    return out
-
-
-@triton.jit(do_not_specialize=["count"])
-def _geglu_kernel(x, grid, out, count, channels, rows: tl.constexpr, columns: tl.constexpr):
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    channel = tl.program_id(1) * columns + tl.arange(0, columns)
-    valid = (row < count)[:, None] & (channel < channels)[None, :]
-    at = row.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
-    value = tl.load(x + at, valid, other=0.0).to(tl.float32)
-    gate = tl.load(x + at + channels, valid, other=0.0).to(tl.float32)
-    y = value * gate * normal_cdf(gate)
-    tl.store(out + row.to(tl.int64)[:, None] * channels + channel[None, :], round_to_grid(y, grid), valid)
-
-
-def geglu(x: Tensor, grid: Tensor) -> Tensor:
-    """See `cachequant.kernels.cuda.reference.geglu`; x is contiguous [R, 2C]."""
-    count, channels = x.shape[0], x.shape[1] // 2
-    out = torch.empty(count, channels, dtype=torch.int8, device=x.device)
-    columns = min(256, triton.next_power_of_2(channels))
-    rows = 2048 // columns
-    blocks = (triton.cdiv(count, rows), triton.cdiv(channels, columns))
-    _geglu_kernel[blocks](x, grid, out, count, channels, rows=rows, columns=columns)
-    return out
-
-
-@triton.jit(do_not_specialize=["count"])
-def _gelu_kernel(x, grid, out, count, tanh: tl.constexpr, block: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(x + at, at < count, other=0.0).to(tl.float32)
-    if tanh:  # ½(1 + tanh y) = sigmoid(2y)
-        y = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
-    else:
-        y = value * normal_cdf(value)
-    tl.store(out + at, round_to_grid(y, grid), at < count)
-
-
-def gelu(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
-    """See `cachequant.kernels.cuda.reference.gelu`; x is contiguous."""
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, grid, out, x.numel(), tanh=tanh, block=2048)
     return out
 
 

@@ -61,9 +61,6 @@ def compile_all() -> None:
         x, vector = torch.zeros(2, 64, 32, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
         for upsample in (1, 2):
             triton_pointwise.quantize_image(x, grids[0], (1, 1, 1, 1), upsample)
-        triton_pointwise.geglu(x.view(-1, 64), grids[0])
-        triton_pointwise.gelu(x, grids[0], True)
-        triton_pointwise.gelu(x, grids[0], False)
         for size, halves, shift in itertools.product((8, 64), (1, 2), (False, True)):
             parts = [x[:, :size].contiguous()] * halves
             wide = vector.repeat(halves)
