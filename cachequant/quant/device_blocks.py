@@ -215,9 +215,14 @@ def attend(module: Any, operands: list[Tensor], plus: Tensor | None) -> Tensor:
     """Attention of query, key and value [B, ·, C] and its output projection (+ plus): [B, N, C']."""
     q, k, v = (t.unflatten(2, (module.heads, -1)).transpose(1, 2) for t in operands)  # [B, H, ·, d]
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()  # [B, N, C]
+    return project_out(module, out, plus)
+
+
+def project_out(module: Any, x: Tensor, plus: Tensor | None) -> Tensor:
+    """Output projection of an attention's [B, N, C] (+ plus): [B, N, C']."""
     last = module.to_out[0]
-    (made,) = last.quantize([out.flatten(0, 1)])
-    return last.output([made.view(out.shape)], out.dtype, plus)
+    (made,) = last.quantize([x.flatten(0, 1)])
+    return last.output([made.view(x.shape)], x.dtype, plus)
 
 
 def token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) -> Tensor:
@@ -231,6 +236,8 @@ def token_attention(module: Any, norm: Any, x: Tensor, context: Tensor | None) -
         return attend(module, project(layers, normed, x.dtype), x)
     held = None if module.to_k.context is None else module.to_k.context.held(module, context)
     operands = held or context_operands(module, context.to(x.dtype))
+    if context.shape[1] == 1:  # whatever the query, all attention is on the one token
+        return x + project_out(module, operands[1].contiguous(), None)
     return attend(module, project(layers[:1], normed, x.dtype) + operands, x)
 
 
@@ -273,8 +280,8 @@ def adaptive_block(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> T
         lambda layer: ops.layer_norm_int8(x, None, None, scale, shift, ada.norm.eps, layer.grids)[0],
         x.dtype,
     )
-    x = torch.addcmul(x, gate[:, None], attend(block.attn1, operands, None))
     wide, narrow = net[0].proj, net[2]
-    (q,) = ops.layer_norm_int8(x, None, None, scale_mlp, shift_mlp, block.norm3.eps, wide.grids)
+    attention = attend(block.attn1, operands, None)
+    x, (q,) = ops.gated_layer_norm_int8(x, attention, gate, scale_mlp, shift_mlp, block.norm3.eps, wide.grids)
     inner = wide.activated(q, "gelu_tanh" if net[0].approximate == "tanh" else "gelu", narrow.grids[0])  # [B, N, F]
-    return torch.addcmul(x, gate_mlp[:, None], narrow.output([inner], x.dtype))
+    return ops.gated_sum(x, narrow.output([inner], x.dtype), gate_mlp)

@@ -229,6 +229,54 @@ def layer_norm_case(size: tuple[int, int], channels: int, affine: bool, modulate
     return compare("layer_norm_int8", f"{list(x.shape)} {affine} {modulate} {str(dtype)[6:]}", found, expected, 0.01)
 
 
+def gated_cases(size: tuple[int, int], channels: int, dtype: torch.dtype) -> Case:
+    """A residual with a gate, alone and with the norm behind it; the worst of the three results counts."""
+    grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])
+    x, more = (torch.randn(*size, channels, device="cuda").to(dtype) + 1 for _ in range(2))
+    gate, scale, shift = (torch.randn(size[0], channels, device="cuda").to(dtype) for _ in range(3))
+    total, found = ops.gated_layer_norm_int8(x, more, gate, scale, shift, 1e-5, grids)
+    exact = x.double() + gate.double()[:, None] * more.double()
+    expected = reference.layer_norm(total, None, None, scale, shift, 1e-5, grids)
+    label = f"{list(x.shape)} {str(dtype)[6:]}"
+    cases = [
+        compare("gated_layer_norm_int8", label, found, expected, 0.01),
+        compare("gated_layer_norm_int8", label, total, exact, LIMITS[dtype]),
+        compare("gated_layer_norm_int8", label, ops.gated_sum(x, more, gate), exact, LIMITS[dtype]),
+    ]
+    return max(cases, key=lambda case: (not case.ok, case.error))
+
+
+def map_case(size: tuple[int, ...], layout: torch.memory_format, mapped: int, dtype: torch.dtype) -> Case:
+    """A map of a feature or prediction by the row of its step, with a second tensor of another layout."""
+    x = torch.randn(*size, device="cuda").to(dtype).contiguous(memory_format=layout)
+    other = torch.randn(*size, device="cuda").to(dtype)
+    maps, step = torch.randn(5, 3, mapped, device="cuda"), torch.tensor([3], device="cuda")
+    exact = reference.map_channels(x.double(), other.double(), maps.double(), step, 1)
+    found = ops.map_channels(x, other, maps, step, 1)
+    return compare("map_channels", f"{list(size)} {mapped} {str(dtype)[6:]}", found, exact, LIMITS[dtype])
+
+
+def load_case(grids: int, width: int, mapped: bool) -> Case:
+    """The rows of a step; the worst of the four results counts."""
+    step, steps, corrected = torch.tensor([3], device="cuda"), 5, -(-width // 3)
+    place = torch.full((width,), -1, dtype=torch.int32, device="cuda")
+    place[::3] = torch.arange(corrected, dtype=torch.int32, device="cuda")
+    owner = torch.randint(0, grids, (width,), dtype=torch.int32, device="cuda")
+    columns = [owner, *torch.randn(4, width, device="cuda")]
+    maps = [place, *torch.rand(2, steps, corrected, device="cuda")] if mapped else []
+    tables = torch.randn(steps, grids, 4, device="cuda"), torch.rand(steps, grids, 2, device="cuda")
+    found, expected = (
+        [torch.full((grids, 4), torch.nan, device="cuda"), *torch.full((3, width), torch.nan, device="cuda")]
+        for _ in range(2)
+    )
+    ops.load_step(step, *tables, columns, maps, *found)
+    reference.load_step(step, *tables, columns, maps, *expected)
+    cases = [
+        compare("load_step", f"{grids} {width} {mapped}", *pair, 1e-5) for pair in zip(found, expected, strict=True)
+    ]
+    return max(cases, key=lambda case: (not case.ok, case.error))
+
+
 def quantize_case(size: tuple[int, int, int], pad: list[int], upsample: int, dtype: torch.dtype) -> Case:
     """Quantisation into a padded, perhaps enlarged image: no integer may differ."""
     x = torch.randn(*size, 320, device="cuda").to(dtype) * 3
@@ -262,6 +310,13 @@ def pointwise(quick: bool) -> Iterator[Case]:
         rows = (size[0], size[1] * size[2])
         for channels, flags in itertools.product((320, 1152, 1280), ((True, False), (False, True), (True, True))):
             yield attempt("layer_norm_int8", str((rows, channels)), layer_norm_case, rows, channels, *flags, dtype)
+        for channels in (320, 1152):
+            yield attempt("gated_layer_norm_int8", str((rows, channels)), gated_cases, rows, channels, dtype)
+        for channels, layout in itertools.product((4, 320), (torch.contiguous_format, torch.channels_last)):
+            arguments = (size[0], channels, *size[1:]), layout, min(channels, 300), dtype
+            yield attempt("map_channels", str(arguments), map_case, *arguments)
+    for arguments in ((1, 1, False), (3, 70, True), (700, 33, True), (300, 90_000, True)):
+        yield attempt("load_step", str(arguments), load_case, *arguments)
     for image, _, window, stride in CONV[:2] if quick else CONV:
         yield attempt("window_sum", str(image), window_case, image, window, stride)
 

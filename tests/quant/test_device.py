@@ -21,6 +21,8 @@ from cachequant.quant.step_tables import StepTables
 from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant, QuantState, Schedule
 
 STEPS = 3
+ONE_TOKEN = 20
+"""Width of contexts that are one token."""
 
 
 def unconditional() -> nn.Module:
@@ -40,6 +42,17 @@ def conditional() -> nn.Module:
 
     return UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+def class_conditional() -> nn.Module:
+    """Cross-attention to a single token, as latent diffusion has it for classes."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=ONE_TOKEN,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
@@ -77,7 +90,7 @@ def transformer() -> nn.Module:
     )  # fmt: skip
 
 
-NETWORKS = (unconditional, conditional, conditional_linear, wide, transformer)
+NETWORKS = (unconditional, conditional, class_conditional, conditional_linear, wide, transformer)
 
 
 def inputs(network: nn.Module, step: int) -> dict[str, Tensor]:
@@ -87,8 +100,9 @@ def inputs(network: nn.Module, step: int) -> dict[str, Tensor]:
     if hasattr(network, "transformer_blocks"):
         return {"hidden_states": x, "timestep": timestep, "class_labels": torch.tensor([1, 7])}
     made = {"sample": x, "timestep": timestep}
-    if network.config.get("cross_attention_dim"):
-        made["encoder_hidden_states"] = torch.randn(2, 5, 24)
+    width = network.config.get("cross_attention_dim")
+    if width:
+        made["encoder_hidden_states"] = torch.randn(2, 1 if width == ONE_TOKEN else 5, width)
     return made
 
 

@@ -231,12 +231,62 @@ def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def
     from cachequant.kernels.cuda import triton_norm
 
     _contiguous(x, weight, bias, scale, shift, grids)
-    return triton_norm.layer_norm(x, weight, bias, scale, shift, eps, grids)
+    return triton_norm.layer_norm(x, weight, bias, scale, shift, eps, grids)[1]
 
 
 @layer_norm_int8.register_fake
 def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
     return x.new_empty(grids.shape[0], *x.shape, dtype=torch.int8)
+
+
+@custom_op("cachequant::gated_layer_norm_int8", mutates_args=())
+def gated_layer_norm_int8(
+    x: Tensor, more: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, grids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A residual and the norm behind it: x + gate·more, and `layer_norm_int8` of that with `scale` and `shift`.
+
+    Args:
+        x, more: [B, L, C].
+        gate, scale, shift: [B, C].
+        eps, grids: of `layer_norm_int8`.
+
+    Returns:
+        [B, L, C] of the type of x, int8 [G, B, L, C].
+    """
+    total = reference.gated_sum(x, more, gate)
+    return total, reference.layer_norm(total, None, None, scale, shift, eps, grids)
+
+
+@gated_layer_norm_int8.register_kernel("cuda")
+def _(x, more, gate, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_norm
+
+    _contiguous(x, more, gate, scale, shift, grids)
+    return triton_norm.layer_norm(x, None, None, scale, shift, eps, grids, (more, gate))
+
+
+@gated_layer_norm_int8.register_fake
+def _(x, more, gate, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty(grids.shape[0], *x.shape, dtype=torch.int8)
+
+
+@custom_op("cachequant::gated_sum", mutates_args=())
+def gated_sum(x: Tensor, more: Tensor, gate: Tensor) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.gated_sum`: x + gate·more of [B, L, C] with a gate [B, C]."""
+    return reference.gated_sum(x, more, gate)
+
+
+@gated_sum.register_kernel("cuda")
+def _(x, more, gate):  # type: ignore[no-untyped-def]
+    from cachequant.kernels.cuda import triton_pointwise
+
+    _contiguous(x, more, gate)
+    return triton_pointwise.gated_sum(x, more, gate)
+
+
+@gated_sum.register_fake
+def _(x, more, gate):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
 @custom_op("cachequant::window_sum", mutates_args=())

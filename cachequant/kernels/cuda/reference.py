@@ -153,6 +153,11 @@ def layer_norm(
     return torch.stack([quantize(y, grid) for grid in grids])
 
 
+def gated_sum(x: Tensor, more: Tensor, gate: Tensor) -> Tensor:
+    """x + gate·more of [B, L, C] with a gate [B, C], in float32, of the type of x."""
+    return (x.float() + gate.float()[:, None] * more.float()).to(x.dtype)
+
+
 def geglu(x: Tensor, grid: Tensor) -> Tensor:
     """value·gelu(gate) of [R, 2C] = [value | gate] -> int8 [R, C]."""
     value, gate = x.float().chunk(2, dim=1)

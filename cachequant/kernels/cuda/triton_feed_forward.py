@@ -23,6 +23,10 @@ BLOCKS = (
     Blocks(64, 64, 128, 4, 4),
     Blocks(64, 128, 64, 8, 4),
     Blocks(64, 32, 128, 4, 4),
+    Blocks(128, 128, 128, 8, 3),
+    Blocks(128, 256, 64, 8, 3),
+    Blocks(128, 256, 128, 8, 3),
+    Blocks(256, 128, 64, 8, 3),
 )
 """What the autotune chooses from; a gated activation has two accumulators of this size."""
 

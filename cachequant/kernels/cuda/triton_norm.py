@@ -15,92 +15,110 @@ from torch import Tensor
 from cachequant.kernels.cuda.triton_pointwise import padded_pixel, round_to_grid
 from cachequant.kernels.reference import Pad
 
-APPLY_BLOCK = 2048
-"""Values of one program of the output."""
-PROGRAMS, MOST_PIECES, ROWS = 256, 32, 32
-"""Programs of the moments that are worth having, chunks that the output's programs can merge, pixels at a time."""
+LARGE, SMALL, VALUES_PER_WARP = 8192, 1024, 1024
+"""Values of a program: as many as leave `PROGRAMS` of them."""
+MOMENT_BLOCK, MOMENT_WARPS = 4096, 4
+"""Values that a program of the moments has in flight at once, and its warps."""
+PROGRAMS, MOST_PIECES = 256, 32
+"""Programs that are worth having, chunks of pixels that those of the output can merge."""
+
+
+@triton.jit
+def _read(
+    first, second, row, channel, valid, width_first, width_second, begin, end, halves: tl.constexpr
+):  # fmt: skip
+    """Pixels [rows, 1] × channels [1, lanes] of concat(first, second) in float32; all channels are in [begin, end)."""
+    if halves and begin >= width_first:
+        value = tl.load(second + row * width_second + (channel - width_first), valid, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(first + row * width_first + channel, valid & (channel < width_first), other=0.0).to(tl.float32)
+        if halves and end > width_first:
+            beyond = channel - width_first
+            value += tl.load(second + row * width_second + beyond, valid & (beyond >= 0), other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _moments_kernel(
-    first, second, shift, shift_stride, moments, pixels, width_first, width_second, groups, per_group,
-    chunk: tl.constexpr, rows: tl.constexpr, block_g: tl.constexpr, block_c: tl.constexpr, halves: tl.constexpr,
-    has_shift: tl.constexpr,
+    first, second, shift, shift_stride, moments, pixels, width_first, width_second, groups, per_group: tl.constexpr,
+    chunk: tl.constexpr, rows: tl.constexpr, held: tl.constexpr, block_g: tl.constexpr, block_c: tl.constexpr,
+    halves: tl.constexpr, has_shift: tl.constexpr,
 ):  # fmt: skip
-    """Mean and summed squared deviation of some groups of concat(first, second) + shift over one chunk of pixels.
+    """Sums of y - p and of its square over one chunk of pixels and `held` groups of y = concat(first, second) + shift.
 
-    Pixels are taken a few at a time, and their moments merged into those before (Chan et al.): every value is read once.
+    The pivot p of a group is its first channel at the first pixel: one of its own values, so that the difference of the two
+    sums that is the variance loses few digits, and the same for all chunks, so that their sums add up.
     """
     batch = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    place = tl.arange(0, block_g * block_c)
-    inner = place % block_c
-    channel = (tl.program_id(2) * block_g + place // block_c) * per_group + inner
-    real = (inner < per_group) & (channel < groups * per_group)
-    add = tl.zeros([block_g * block_c], dtype=tl.float32)
+    lane = tl.arange(0, block_c)
+    begin = tl.program_id(2) * (held * per_group)
+    end = begin + held * per_group
+    channel = begin + lane
+    real = (lane < held * per_group) & (channel < groups * per_group)
+    origin = begin + lane // per_group * per_group  # the first channel of the lane's group
+    corner = tl.zeros([1, 1], dtype=tl.int64) + batch * pixels
+    pivot = _read(first, second, corner, origin[None, :], real[None, :], width_first, width_second, begin, end, halves)
+    lift = -pivot
     if has_shift:
-        add = tl.load(shift + batch * shift_stride + channel, real, other=0.0).to(tl.float32)
-    end = tl.minimum(pixels, (piece + 1) * chunk)
-    seen = 0.0
-    mean = tl.zeros([block_g, 1], dtype=tl.float32)
-    spread = tl.zeros([block_g, 1], dtype=tl.float32)
-    for start in range(0, chunk, rows):
+        added = shift + batch * shift_stride
+        pivot += tl.load(added + origin, real, other=0.0).to(tl.float32)[None, :]
+        lift = tl.load(added + channel, real, other=0.0).to(tl.float32)[None, :] - pivot
+    total = tl.zeros([rows, block_c], dtype=tl.float32)
+    square = tl.zeros([rows, block_c], dtype=tl.float32)
+    for start in tl.range(0, chunk, rows, loop_unroll_factor=4):
         pixel = piece * chunk + start + tl.arange(0, rows)
-        valid = (pixel < end)[:, None] & real[None, :]
+        valid = (pixel < pixels)[:, None] & real[None, :]
         row = (batch * pixels + pixel)[:, None]
-        value = tl.load(
-            first + row * width_first + channel[None, :], valid & (channel < width_first)[None, :], other=0.0
-        ).to(tl.float32)
-        if halves:
-            beyond = channel - width_first
-            value += tl.load(
-                second + row * width_second + beyond[None, :], valid & (beyond >= 0)[None, :], other=0.0
-            ).to(tl.float32)
-        value += add[None, :]
-        here = tl.maximum(tl.minimum(end - piece * chunk - start, rows), 0).to(tl.float32) * per_group
-        total = tl.sum(tl.where(valid, value, 0.0), axis=0).reshape(block_g, block_c)
-        average = tl.sum(total, axis=1, keep_dims=True) / tl.maximum(here, 1.0)
-        away = value - average.broadcast_to(block_g, block_c).reshape(block_g * block_c)[None, :]
-        squares = tl.sum(tl.where(valid, away * away, 0.0), axis=0).reshape(block_g, block_c)
-        step = average - mean
-        share = here / tl.maximum(seen + here, 1.0)
-        spread += tl.sum(squares, axis=1, keep_dims=True) + step * step * seen * share
-        mean += step * share
-        seen += here
-    group = tl.program_id(2) * block_g + tl.arange(0, block_g)[:, None]
-    at = moments + 2 * ((batch * tl.num_programs(1) + piece) * groups + group)
-    tl.store(at, mean, group < groups)
-    tl.store(at + 1, spread, group < groups)
+        value = _read(first, second, row, channel[None, :], valid, width_first, width_second, begin, end, halves)
+        value = tl.where(valid, value + lift, 0.0)
+        total += value
+        square += value * value
+    own = tl.arange(0, block_g)
+    member = ((lane // per_group)[None, :] == own[:, None]) & real[None, :]
+    group = tl.program_id(2) * held + own
+    stored = (own < held) & (group < groups)
+    plane = tl.num_programs(0) * tl.num_programs(1) * groups
+    at = moments + (batch * tl.num_programs(1) + piece) * groups + group
+    tl.store(at, tl.sum(tl.where(member, tl.sum(total, axis=0)[None, :], 0.0), axis=1), stored)
+    tl.store(at + plane, tl.sum(tl.where(member, tl.sum(square, axis=0)[None, :], 0.0), axis=1), stored)
+    is_origin = member & (lane % per_group == 0)[None, :]
+    tl.store(at + 2 * plane, tl.sum(tl.where(is_origin, pivot, 0.0), axis=1), stored)
 
 
 @triton.jit
 def _normalised(
-    x, moments, shift, weight, bias, grid, out, batch, block, pixels, pieces, width, begin, groups, per_group, eps,
-    height, columns, out_h, out_w, left, top, chunk: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr,
+    x, moments, shift, weight, bias, grid, out, batch, block, pixels, pieces, width, begin, groups, eps, height, columns,
+    out_h, out_w, left, top, per_group: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr, block_g: tl.constexpr,
     block_p: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
 ):  # fmt: skip
     """Some pixels and channels of one part: y = x·gain + base, SiLU, integers if wanted, into its padded copy."""
     channel = block * block_c + tl.arange(0, block_c)
     real = channel < width
     place = begin + channel
-    piece = tl.arange(0, block_p)
-    known = (piece < pieces)[:, None] & real[None, :]
-    at = moments + 2 * ((batch * pieces + piece)[:, None] * groups + (place // per_group)[None, :])
-    count = tl.where(known, tl.minimum(chunk, pixels - piece * chunk)[:, None].to(tl.float32), 0.0)
-    centre = tl.load(at, known, other=0.0)
-    mean = tl.sum(count * centre, axis=0) / pixels
-    away = centre - mean[None, :]
-    spread = tl.sum(tl.load(at + 1, known, other=0.0) + count * per_group * away * away, axis=0)
-    gain = tl.load(weight + place, real, other=0.0).to(tl.float32) * tl.rsqrt(spread / (pixels * per_group) + eps)
-    base = tl.load(bias + place, real, other=0.0).to(tl.float32) - mean * gain
-    if has_shift:
-        base += tl.load(shift + place, real, other=0.0).to(tl.float32) * gain
     pixel = tl.program_id(1) * rows + tl.arange(0, rows)
     _, row, column, inside = padded_pixel(pixel, out_h, out_w, left, top, height, columns)
     valid = (pixel < out_h * out_w)[:, None] & real[None, :]
     source = batch * pixels + row * columns + column
-    value = tl.load(x + source[:, None] * width + channel[None, :], valid & inside[:, None], other=0.0).to(tl.float32)
-    y = value * gain[None, :] + base[None, :]
+    value = tl.load(x + source[:, None] * width + channel[None, :], valid & inside[:, None], other=0.0)  # on its way
+    piece = tl.arange(0, block_p)
+    group = (begin + block * block_c) // per_group + tl.arange(0, block_g)
+    known = (piece < pieces)[:, None] & (group < groups)[None, :]
+    at = moments + (batch * pieces + piece)[:, None] * groups + group[None, :]
+    plane = tl.num_programs(0) * pieces * groups
+    count = pixels * per_group
+    away = tl.sum(tl.load(at, known, other=0.0), axis=0) / count  # [block_g], of the mean from the pivot
+    spread = tl.sum(tl.load(at + plane, known, other=0.0), axis=0) / count - away * away
+    inverse = tl.rsqrt(tl.maximum(spread, 0.0) + eps)
+    mean = away + tl.load(moments + 2 * plane + batch * pieces * groups + group, group < groups, other=0.0)
+    member = (place // per_group)[None, :] == group[:, None]  # [block_g, block_c]
+    gain = tl.sum(tl.where(member, inverse[:, None], 0.0), axis=0)
+    gain *= tl.load(weight + place, real, other=0.0).to(tl.float32)
+    base = -tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)
+    if has_shift:
+        base += tl.load(shift + place, real, other=0.0).to(tl.float32)
+    base = base * gain + tl.load(bias + place, real, other=0.0).to(tl.float32)
+    y = value.to(tl.float32) * gain[None, :] + base[None, :]
     y = y * tl.sigmoid(y) if activate else y
     target = (batch * out_h * out_w + pixel)[:, None] * width + channel[None, :]
     if integer:
@@ -115,9 +133,9 @@ def _normalised(
 )
 def _apply_kernel(
     first, second, moments, shift, shift_stride, weight, bias, grids, out_first, out_second, pixels, pieces,
-    blocks_first, width_first, width_second, groups, per_group, eps, height, columns, out_h, out_w, left, top,
-    chunk: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr, block_p: tl.constexpr, halves: tl.constexpr,
-    has_shift: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
+    blocks_first, width_first, width_second, groups, eps, height, columns, out_h, out_w, left, top,
+    per_group: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr, block_g: tl.constexpr,
+    block_p: tl.constexpr, halves: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
 ):  # fmt: skip
     """The output of one part or of both."""
     batch = tl.program_id(0).to(tl.int64)
@@ -126,14 +144,14 @@ def _apply_kernel(
     if block < blocks_first:
         _normalised(
             first, moments, shift, weight, bias, grids, out_first, batch, block, pixels, pieces, width_first, 0, groups,
-            per_group, eps, height, columns, out_h, out_w, left, top, chunk, rows, block_c, block_p, has_shift, activate,
-            integer,
+            eps, height, columns, out_h, out_w, left, top, per_group, rows, block_c, block_g, block_p, has_shift,
+            activate, integer,
         )  # fmt: skip
     elif halves:
         _normalised(
             second, moments, shift, weight, bias, grids + 4, out_second, batch, block - blocks_first, pixels, pieces,
-            width_second, width_first, groups, per_group, eps, height, columns, out_h, out_w, left, top, chunk, rows,
-            block_c, block_p, has_shift, activate, integer,
+            width_second, width_first, groups, eps, height, columns, out_h, out_w, left, top, per_group, rows,
+            block_c, block_g, block_p, has_shift, activate, integer,
         )  # fmt: skip
 
 
@@ -182,48 +200,74 @@ def _group_norm(
     first, second = parts[0], parts[-1]
     widths = [part.shape[3] for part in parts]
     per_group = sum(widths) // groups
-    block_c = triton.next_power_of_2(per_group)
-    block_g = max(1, 64 // block_c)
-    blocks = triton.cdiv(groups, block_g)
+    held, lanes = whole_groups(per_group, groups)
+    blocks = triton.cdiv(groups, held)
     wanted = min(MOST_PIECES, triton.next_power_of_2(triton.cdiv(PROGRAMS, b * blocks)))
-    chunk = max(ROWS, triton.next_power_of_2(triton.cdiv(h * w, wanted)))
+    chunk = max(16, triton.next_power_of_2(triton.cdiv(h * w, wanted)))
     pieces = triton.cdiv(h * w, chunk)
-    moments = torch.empty(b, pieces, groups, 2, dtype=torch.float32, device=first.device)
+    moments = torch.empty(3, b, pieces, groups, dtype=torch.float32, device=first.device)
     added, stride = (weight, 0) if shift is None else (shift, shift.stride(0))
-    flags = {"halves": len(parts) > 1, "has_shift": shift is not None}
+    flags = {"halves": len(parts) > 1, "has_shift": shift is not None, "per_group": per_group}
     _moments_kernel[(b, pieces, blocks)](
-        first, second, added, stride, moments, h * w, widths[0], widths[-1], groups, per_group, chunk=chunk, rows=ROWS,
-        block_g=block_g, block_c=block_c, **flags,
+        first, second, added, stride, moments, h * w, widths[0], widths[-1], groups, rows=min(chunk, MOMENT_BLOCK // lanes),
+        held=held, block_g=triton.next_power_of_2(held), block_c=lanes, num_warps=MOMENT_WARPS, chunk=chunk, **flags,
     )  # fmt: skip
     block = min(128, triton.next_power_of_2(max(widths)))
-    rows = APPLY_BLOCK // block
     counts = [triton.cdiv(width, block) for width in widths]
+    rows, warps = _rows(out_h * out_w, block, b * sum(counts))
     _apply_kernel[(b, triton.cdiv(out_h * out_w, rows), sum(counts))](
         first, second, moments, added, stride, weight, bias, moments if grids is None else grids, outs[0], outs[-1], h * w,
-        pieces, counts[0], widths[0], widths[-1], groups, per_group, eps, h, w, out_h, out_w, *corner, chunk=chunk,
-        rows=rows, block_c=block, block_p=triton.next_power_of_2(pieces), activate=activate, integer=grids is not None,
+        pieces, counts[0], widths[0], widths[-1], groups, eps, h, w, out_h, out_w, *corner, rows=rows, block_c=block,
+        block_g=triton.next_power_of_2(min(groups, (block - 1) // per_group + 2)),
+        block_p=triton.next_power_of_2(pieces), activate=activate, integer=grids is not None, num_warps=warps,
         **flags,
     )  # fmt: skip
 
 
+def _rows(count: int, block: int, others: int) -> tuple[int, int]:
+    """Rows of a program of `block` values each, and its warps, for `count` rows and `others` programs beside each other."""
+    rows = max(1, LARGE // block)
+    while rows * block > SMALL and rows > 1 and triton.cdiv(count, rows) * others < PROGRAMS:
+        rows //= 2
+    return rows, max(1, min(8, rows * block // VALUES_PER_WARP))
+
+
+def whole_groups(per_group: int, groups: int) -> tuple[int, int]:
+    """Groups of a program and the power of two of lanes for their channels, of which few should be left over."""
+    fits = [(lanes // per_group, lanes) for lanes in (64, 128, 256) if lanes >= per_group]
+    fits = fits or [(1, triton.next_power_of_2(per_group))]
+    used = [min(held, groups) * per_group / lanes for held, lanes in fits]
+    return next(
+        (min(held, groups), lanes) for (held, lanes), share in zip(fits, used, strict=True) if share >= 0.85 * max(used)
+    )
+
+
 @triton.jit(do_not_specialize=["count", "per_batch", "plane"])
 def _layer_norm_kernel(
-    x, weight, bias, scale, shift, grids, out, count, channels, per_batch, plane, eps, grid_count: tl.constexpr,
-    rows: tl.constexpr, block_c: tl.constexpr, affine: tl.constexpr, modulate: tl.constexpr,
+    x, more, gate, total, weight, bias, scale, shift, grids, out, count, channels, per_batch, plane, eps,
+    grid_count: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr, gated: tl.constexpr, affine: tl.constexpr,
+    modulate: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.arange(0, block_c)
     real = channel < channels
     valid = (row < count)[:, None] & real[None, :]
     at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    where = (row // per_batch).to(tl.int64)[:, None] * channels + channel[None, :]
     value = tl.load(x + at, valid, other=0.0).to(tl.float32)
+    if gated:
+        value += tl.load(gate + where, valid, other=0.0).to(tl.float32) * tl.load(more + at, valid, other=0.0).to(
+            tl.float32
+        )
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, valid)
+        value = rounded.to(tl.float32)
     value = tl.where(valid, value - (tl.sum(value, axis=1) / channels)[:, None], 0.0)
     y = value * tl.rsqrt(tl.sum(value * value, axis=1) / channels + eps)[:, None]
     if affine:
         y = y * tl.load(weight + channel, real, other=0.0).to(tl.float32)[None, :]
         y += tl.load(bias + channel, real, other=0.0).to(tl.float32)[None, :]
     if modulate:
-        where = (row // per_batch).to(tl.int64)[:, None] * channels + channel[None, :]
         y = y * (1.0 + tl.load(scale + where, valid, other=0.0).to(tl.float32))
         y += tl.load(shift + where, valid, other=0.0).to(tl.float32)
     for i in tl.static_range(grid_count):
@@ -238,15 +282,28 @@ def layer_norm(
     shift: Tensor | None,
     eps: float,
     grids: Tensor,
-) -> Tensor:
-    """See `cachequant.kernels.cuda.reference.layer_norm`; x is contiguous [B, L, C]; scale and shift are [B, C]."""
+    more: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `cachequant.kernels.cuda.reference.layer_norm` and `gated_layer_norm`.
+
+    Args:
+        x: contiguous [B, L, C].
+        weight, bias, scale, shift, eps, grids: of the reference.
+        more: tensor [B, L, C] and gate [B, C] of what is added to x before.
+
+    Returns:
+        x + gate·more, or x itself, and the integers.
+    """
     b, length, channels = x.shape
     out = torch.empty(len(grids), b, length, channels, dtype=torch.int8, device=x.device)
+    total = x if more is None else torch.empty_like(x)
+    extra, gate = (x, x) if more is None else more
     block = triton.next_power_of_2(channels)
-    rows = max(1, 2048 // block)
+    rows, warps = _rows(b * length, block, 1)
     _layer_norm_kernel[(triton.cdiv(b * length, rows),)](
-        x, x if weight is None else weight, x if bias is None else bias, x if scale is None else scale,
+        x, extra, gate, total, x if weight is None else weight, x if bias is None else bias, x if scale is None else scale,
         x if shift is None else shift, grids, out, b * length, channels, length, b * length * channels, eps,
-        grid_count=len(grids), rows=rows, block_c=block, affine=weight is not None, modulate=scale is not None,
+        grid_count=len(grids), rows=rows, block_c=block, gated=more is not None, affine=weight is not None,
+        modulate=scale is not None, num_warps=warps,
     )  # fmt: skip
-    return out
+    return total, out

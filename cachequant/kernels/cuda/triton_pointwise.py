@@ -89,6 +89,31 @@ def quantize_image(x: Tensor, grid: Tensor, pad: Pad, upsample: int) -> Tensor:
     return out
 
 
+@triton.jit(do_not_specialize=["count", "per_batch"])
+def _gated_sum_kernel(
+    x, more, gate, out, count, channels, per_batch, rows: tl.constexpr, columns: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * columns + tl.arange(0, columns)
+    valid = (row < count)[:, None] & (channel < channels)[None, :]
+    at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    where = (row // per_batch).to(tl.int64)[:, None] * channels + channel[None, :]
+    y = tl.load(gate + where, valid, other=0.0).to(tl.float32) * tl.load(more + at, valid, other=0.0).to(tl.float32)
+    y += tl.load(x + at, valid, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), valid)
+
+
+def gated_sum(x: Tensor, more: Tensor, gate: Tensor) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.gated_sum`; everything contiguous."""
+    b, length, channels = x.shape
+    out = torch.empty_like(x)
+    columns = min(128, triton.next_power_of_2(channels))
+    rows = 4096 // columns
+    blocks = (triton.cdiv(b * length, rows), triton.cdiv(channels, columns))
+    _gated_sum_kernel[blocks](x, more, gate, out, b * length, channels, length, rows=rows, columns=columns)
+    return out
+
+
 @triton.jit(do_not_specialize=["count", "height", "width", "out_h", "out_w", "stride_h", "stride_w"])
 def _window_sum_kernel(
     x, out, count, channels, height, width, out_h, out_w, stride_h, stride_w,

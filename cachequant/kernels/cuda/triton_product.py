@@ -30,6 +30,8 @@ BLOCKS = (
     Blocks(64, 64, 128, 4, 4),
     Blocks(64, 64, 64, 4, 5),
     Blocks(32, 64, 128, 4, 4),
+    Blocks(128, 64, 64, 4, 4),
+    Blocks(128, 128, 128, 8, 3),
 )
 """What the autotune chooses from."""
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-"""Values of one program."""
+BLOCK, MAP_BLOCK = 1024, 4096
+"""Values of one program of the rows and of a map."""
 
 
 @triton.jit(do_not_specialize=["width", "corrected"])
@@ -56,27 +56,41 @@ def load_step(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "pixels", "batch_stride", "channel_stride", "pixel_stride"])
+@triton.jit(do_not_specialize=["batches", "batch_stride", "channel_stride", "pixel_stride"])
 def _map_kernel(
-    x, other, maps, step, out, count, channels, pixels, mapped, batch_stride, channel_stride, pixel_stride,
-    last: tl.constexpr, has_other: tl.constexpr, block: tl.constexpr,
+    x, other, maps, step, out, batches, channels, pixels, mapped, batch_stride, channel_stride, pixel_stride,
+    last: tl.constexpr, has_other: tl.constexpr, outer: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
     """y = scale·x + shift (+ previous·other) of a dense x whose channels lie last or before all pixels."""
     now = tl.load(step)
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    real = at < count
-    if last:
-        channel, pixel = at % channels, at // channels % pixels
-    else:
-        channel, pixel = at // pixels % channels, at % pixels
-    has_map = real & (channel < mapped)
+    line = tl.program_id(0).to(tl.int64) * outer + tl.arange(0, outer)
+    place = tl.program_id(1) * inner + tl.arange(0, inner)
+    if last:  # a line is a pixel
+        batch, channel, pixel, width, lines = (
+            line[:, None] // pixels,
+            place[None, :],
+            line[:, None] % pixels,
+            channels,
+            pixels,
+        )
+    else:  # a line is a channel
+        batch, channel, pixel, width, lines = (
+            line[:, None] // channels,
+            line[:, None] % channels,
+            place[None, :],
+            pixels,
+            channels,
+        )
+    real = (line < batches * lines)[:, None] & (place < width)[None, :]
+    has_map = channel < mapped
     row = maps + now * 3 * mapped + channel
-    value = tl.load(x + at, real, other=0.0).to(tl.float32)
-    y = value * tl.load(row, has_map, other=1.0) + tl.load(row + mapped, has_map, other=0.0)
+    at = line[:, None] * width + place[None, :]
+    y = tl.load(x + at, real, other=0.0).to(tl.float32)
+    y = y * tl.load(row, has_map, other=1.0) + tl.load(row + mapped, has_map, other=0.0)
     if has_other:
-        batch = at // (channels * pixels)
-        place = batch * batch_stride + channel * channel_stride + pixel * pixel_stride
-        y += tl.load(other + place, has_map, other=0.0).to(tl.float32) * tl.load(row + 2 * mapped, has_map, other=0.0)
+        source = batch * batch_stride + channel * channel_stride + pixel * pixel_stride
+        known = tl.load(other + source, real & has_map, other=0.0).to(tl.float32)
+        y += known * tl.load(row + 2 * mapped, has_map, other=0.0)
     tl.store(out + at, y.to(out.dtype.element_ty), real)
 
 
@@ -90,9 +104,13 @@ def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, ch
         other = other if _has_even_rows(other) else other.contiguous()
         pixel = 3 - channel_dim if other.dim() == 3 else 3
         strides = other.stride(0), other.stride(channel_dim), other.stride(pixel)
-    _map_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-        x, x if other is None else other, maps, step, out, x.numel(), channels, pixels, maps.shape[2], *strides,
-        last=x.stride(channel_dim) == 1, has_other=other is not None, block=BLOCK,
+    last = x.stride(channel_dim) == 1
+    lines, width = (pixels, channels) if last else (channels, pixels)
+    inner = min(256, triton.next_power_of_2(width))
+    outer = MAP_BLOCK // inner
+    _map_kernel[(triton.cdiv(x.shape[0] * lines, outer), triton.cdiv(width, inner))](
+        x, x if other is None else other, maps, step, out, x.shape[0], channels, pixels, maps.shape[2], *strides,
+        last=last, has_other=other is not None, outer=outer, inner=inner,
     )  # fmt: skip
     return out
 

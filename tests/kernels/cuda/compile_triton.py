@@ -83,6 +83,9 @@ def compile_all() -> None:
             torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 4), torch.zeros(3, 2, 2), [owner, *columns], maps, grids,
             *torch.zeros(3, 64),
         )  # fmt: skip
+    tokens, per_batch = torch.zeros(2, 32, 64, dtype=torch.float16), torch.zeros(2, 64, dtype=torch.float16)
+    triton_pointwise.gated_sum(tokens, tokens, per_batch)
+    triton_norm.layer_norm(tokens, None, None, per_batch, per_batch, 1e-5, grids, (tokens, per_batch))
     hidden, scale = torch.zeros(64, 32, dtype=torch.int8), torch.zeros(64)
     for blocks, gated, sums in itertools.product(triton_feed_forward.BLOCKS, (False, True), (False, True)):
         rest = (scale, None, 0.0, scale, scale) if sums else (scale, None, 0.0, None, None)

@@ -40,6 +40,8 @@ def cases() -> dict[str, tuple]:
         "group_norm_int8": ([h, h + 1], c, torch.rand(16), torch.rand(16), 4, 1e-5, True, GRIDS, [0, 1, 0, 1]),
         "group_norm_float": (h, torch.rand(8), torch.rand(8), 4, 1e-5),
         "layer_norm_int8": (tokens, torch.rand(8), torch.rand(8), tokens[:, 0].clone(), tokens[:, 1].clone(), 1e-5, GRIDS),
+        "gated_layer_norm_int8": (tokens, tokens + 1, *(tokens[:, i].clone() for i in range(3)), 1e-5, GRIDS),
+        "gated_sum": (tokens, tokens + 1, tokens[:, 0].clone()),
         "window_sum": (image, [3, 3], [1, 1]),
         "map_channels": (tokens, tokens[:, 1:].clone().repeat(1, 2, 1)[:, :5], torch.rand(4, 3, 6), torch.tensor([2]), 2),
         "load_step": step_tables(),

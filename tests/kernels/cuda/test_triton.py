@@ -150,7 +150,7 @@ def test_window_sum(shape, window, stride):
 
 @pytest.mark.parametrize(
     ("widths", "size", "groups"),
-    [((4,), (1, 1), 2), ((30,), (3, 5), 5), ((64, 32), (9, 8), 32), ((40, 20), (8, 9), 4), ((20, 40), (13, 11), 4)],
+    [((4,), (1, 1), 2), ((30,), (3, 5), 5), ((64, 32), (9, 8), 32), ((40, 20), (8, 9), 4), ((20, 140), (40, 41), 4)],
 )
 @pytest.mark.parametrize("with_shift", [True, False])
 def test_group_norm(widths, size, groups, with_shift):
@@ -163,6 +163,14 @@ def test_group_norm(widths, size, groups, with_shift):
     expected = reference.group_norm([p.double() for p in parts], shift, weight, bias, *args)
     for one, other in zip(found, expected, strict=True):
         assert_same_integers(one, other)
+
+
+@pytest.mark.parametrize("per_group", [1, 3, 6, 10, 18, 20, 30, 40, 60, 80, 120, 300])
+@pytest.mark.parametrize("groups", [1, 2, 32])
+def test_programs_of_the_moments_hold_whole_groups(per_group, groups):
+    held, lanes = triton_norm.whole_groups(per_group, groups)
+    assert 1 <= held <= groups and held * per_group <= lanes == 1 << (lanes.bit_length() - 1)
+    assert groups == held or held * per_group > lanes / 2  # most lanes have a channel unless there are no more
 
 
 def test_group_norm_without_activation_or_border():
@@ -190,8 +198,24 @@ def test_layer_norm(shape, affine, modulate):
     x = draw(*shape) + 2.0
     weight, bias = (draw(c), draw(c)) if affine else (None, None)
     scale, shift = (draw(b, c), draw(b, c)) if modulate else (None, None)
-    found = triton_norm.layer_norm(x, weight, bias, scale, shift, 1e-5, GRIDS)
+    same, found = triton_norm.layer_norm(x, weight, bias, scale, shift, 1e-5, GRIDS)
+    assert same is x
     assert_same_integers(found, reference.layer_norm(x, weight, bias, scale, shift, 1e-5, GRIDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 5, 48), (3, 70, 130)])
+def test_gated_residuals(shape, dtype):
+    """x + gate·more against float64, alone and with the norm behind it."""
+    b, _, c = shape
+    x, more, gate = draw(*shape, dtype=dtype) + 2.0, draw(*shape, dtype=dtype), draw(b, c, dtype=dtype)
+    scale, shift = draw(b, c, dtype=dtype), draw(b, c, dtype=dtype)
+    exact = x.double() + gate.double()[:, None] * more.double()
+    total, integers = triton_norm.layer_norm(x, None, None, scale, shift, 1e-5, GRIDS, (more, gate))
+    for found in (total, triton_pointwise.gated_sum(x, more, gate)):
+        assert found.dtype is dtype
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert_same_integers(integers, reference.layer_norm(total, None, None, scale, shift, 1e-5, GRIDS))
 
 
 def operands(channels: int, rows: tuple[int, ...], dtype: torch.dtype, *parts: str) -> triton_product.Operands:
