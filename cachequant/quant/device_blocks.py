@@ -19,11 +19,20 @@ from cachequant.quant.device_layers import DeviceLayer, nchw, nhwc
 
 
 def normalise(
-    norm: Any, parts: list[Tensor], reader: DeviceLayer, shift: Tensor | None, activate: bool
+    norm: Any,
+    parts: list[Tensor],
+    reader: DeviceLayer,
+    shift: Tensor | None,
+    activate: bool,
+    shortcut: DeviceLayer | None = None,
 ) -> list[Tensor]:
-    """GroupNorm (+ shift before it, + SiLU behind it) of [B, H, W, C_i], as the integers that `reader` takes."""
+    """GroupNorm (+ shift before it, + SiLU behind it) of [B, H, W, C_i], as the integers that `reader` takes.
+
+    Behind them those of the parts themselves that `shortcut`, a 1×1 convolution, takes.
+    """
+    raw, border = None if shortcut is None else shortcut.grids, list(reader.pad)
     return ops.group_norm_int8(
-        parts, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, activate, reader.grids, list(reader.pad)
+        parts, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, activate, reader.grids, border, raw
     )
 
 
@@ -35,15 +44,16 @@ class DeviceResnet(blocks.FusedResnet):
         halves = input_tensor if isinstance(input_tensor, tuple) else self.conv1.segments(input_tensor)
         parts = [nhwc(half) for half in halves]
         dtype = parts[0].dtype
-        hidden = self.conv1.output(normalise(self.norm1, parts, self.conv1, None, True), dtype)  # [B, H, W, O]
+        shortcut = self.conv_shortcut
+        made = normalise(self.norm1, parts, self.conv1, None, True, shortcut)
+        hidden = self.conv1.output(made[: len(parts)], dtype)  # [B, H, W, O]
         shift = None
         if temb is not None and self.conv1.time is not None:
             shift = self.conv1.time.of(self, temb)  # [B, O]
         elif temb is not None and self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).contiguous()
         integers = normalise(self.norm2, [hidden], self.conv2, shift, True)
-        shortcut = self.conv_shortcut
-        plus = parts[0] if shortcut is None else shortcut.output(shortcut.quantize(parts), dtype)
+        plus = parts[0] if shortcut is None else shortcut.output(made[len(parts) :], dtype)
         out = nchw(self.conv2.output(integers, dtype, plus))
         return out if self.output_scale_factor == 1.0 else out.div_(self.output_scale_factor)
 

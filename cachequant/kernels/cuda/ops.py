@@ -175,22 +175,24 @@ def group_norm_int8(
     activate: bool,
     grids: Tensor,
     pad: list[int],
+    raw_grids: Tensor | None = None,
 ) -> list[Tensor]:
     """See `cachequant.kernels.cuda.reference.group_norm`: parts [B, H, W, C_i] -> int8, each on its row of `grids`."""
-    return reference.group_norm(parts, shift, weight, bias, groups, eps, activate, grids, _pad(pad))
+    return reference.group_norm(parts, shift, weight, bias, groups, eps, activate, grids, _pad(pad), raw_grids)
 
 
 @group_norm_int8.register_kernel("cuda")
-def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
+def _(parts, shift, weight, bias, groups, eps, activate, grids, pad, raw_grids=None):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(*parts, None if shift is None else shift[0], weight, bias, grids)
-    return triton_norm.group_norm(list(parts), shift, weight, bias, groups, eps, activate, grids, _pad(pad))
+    _contiguous(*parts, None if shift is None else shift[0], weight, bias, grids, raw_grids)
+    return triton_norm.group_norm(list(parts), shift, weight, bias, groups, eps, activate, grids, _pad(pad), raw_grids)
 
 
 @group_norm_int8.register_fake
-def _(parts, shift, weight, bias, groups, eps, activate, grids, pad):  # type: ignore[no-untyped-def]
-    return [_padded(part, pad) for part in parts]
+def _(parts, shift, weight, bias, groups, eps, activate, grids, pad, raw_grids=None):  # type: ignore[no-untyped-def]
+    raw = [] if raw_grids is None else [torch.empty_like(part, dtype=torch.int8) for part in parts]
+    return [_padded(part, pad) for part in parts] + raw
 
 
 @custom_op("cachequant::group_norm_float", mutates_args=())

@@ -99,6 +99,7 @@ def group_norm(
     activate: bool,
     grids: Tensor,
     pad: Pad,
+    raw_grids: Tensor | None = None,
 ) -> list[Tensor]:
     """GroupNorm (+ SiLU) of the concatenated parts + shift, each part quantised on its own grid.
 
@@ -109,6 +110,7 @@ def group_norm(
         groups, eps, activate: of the normalisation; SiLU behind it.
         grids: [parts, 4].
         pad: border of zeros.
+        raw_grids: [parts, 4], for the integers of the parts themselves, without a border, behind the others.
     """
     x = torch.cat([part.float() for part in parts], dim=3)
     if shift is not None:
@@ -116,7 +118,8 @@ def group_norm(
     y = F.group_norm(x.permute(0, 3, 1, 2), groups, weight.float(), bias.float(), eps).permute(0, 2, 3, 1)
     y = F.silu(y) if activate else y
     halves = y.split([part.shape[3] for part in parts], dim=3)
-    return [pad_image(quantize(half, grid), grid, pad) for half, grid in zip(halves, grids, strict=True)]
+    raw = [] if raw_grids is None else [quantize(part, grid) for part, grid in zip(parts, raw_grids, strict=True)]
+    return [pad_image(quantize(half, grid), grid, pad) for half, grid in zip(halves, grids, strict=True)] + raw
 
 
 def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:

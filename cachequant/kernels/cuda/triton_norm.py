@@ -88,11 +88,15 @@ def _moments_kernel(
 
 @triton.jit
 def _normalised(
-    x, moments, shift, weight, bias, grid, out, batch, block, pixels, pieces, width, begin, groups, eps, height, columns,
-    out_h, out_w, left, top, per_group: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr, block_g: tl.constexpr,
-    block_p: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
+    x, moments, shift, weight, bias, grid, out, raw_grid, raw, batch, block, pixels, pieces, width, begin, groups, eps,
+    height, columns, out_h, out_w, left, top, per_group: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr,
+    block_g: tl.constexpr, block_p: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
+    both: tl.constexpr,
 ):  # fmt: skip
-    """Some pixels and channels of one part: y = x·gain + base, SiLU, integers if wanted, into its padded copy."""
+    """Some pixels and channels of one part: y = x·gain + base, SiLU, integers if wanted, into its padded copy.
+
+    With `both`, the integers of x itself on a grid of their own, too.
+    """
     channel = block * block_c + tl.arange(0, block_c)
     real = channel < width
     place = begin + channel
@@ -100,7 +104,8 @@ def _normalised(
     _, row, column, inside = padded_pixel(pixel, out_h, out_w, left, top, height, columns)
     valid = (pixel < out_h * out_w)[:, None] & real[None, :]
     source = batch * pixels + row * columns + column
-    value = tl.load(x + source[:, None] * width + channel[None, :], valid & inside[:, None], other=0.0)  # on its way
+    at_source = source[:, None] * width + channel[None, :]
+    value = tl.load(x + at_source, valid & inside[:, None], other=0.0)  # on its way
     piece = tl.arange(0, block_p)
     group = (begin + block * block_c) // per_group + tl.arange(0, block_g)
     known = (piece < pieces)[:, None] & (group < groups)[None, :]
@@ -118,7 +123,10 @@ def _normalised(
     if has_shift:
         base += tl.load(shift + place, real, other=0.0).to(tl.float32)
     base = base * gain + tl.load(bias + place, real, other=0.0).to(tl.float32)
-    y = value.to(tl.float32) * gain[None, :] + base[None, :]
+    value = value.to(tl.float32)
+    if both:
+        tl.store(raw + at_source, round_to_grid(value, raw_grid), valid & inside[:, None])
+    y = value * gain[None, :] + base[None, :]
     y = y * tl.sigmoid(y) if activate else y
     target = (batch * out_h * out_w + pixel)[:, None] * width + channel[None, :]
     if integer:
@@ -132,10 +140,12 @@ def _normalised(
     do_not_specialize=["pixels", "pieces", "blocks_first", "height", "columns", "out_h", "out_w", "left", "top"]
 )
 def _apply_kernel(
-    first, second, moments, shift, shift_stride, weight, bias, grids, out_first, out_second, pixels, pieces,
-    blocks_first, width_first, width_second, groups, eps, height, columns, out_h, out_w, left, top,
+    first, second, moments, shift, shift_stride, weight, bias, grids, out_first, out_second, raw_grids, raw_first,
+    raw_second, pixels, pieces, blocks_first, width_first, width_second, groups, eps, height, columns, out_h, out_w,
+    left, top,
     per_group: tl.constexpr, rows: tl.constexpr, block_c: tl.constexpr, block_g: tl.constexpr,
     block_p: tl.constexpr, halves: tl.constexpr, has_shift: tl.constexpr, activate: tl.constexpr, integer: tl.constexpr,
+    both: tl.constexpr,
 ):  # fmt: skip
     """The output of one part or of both."""
     batch = tl.program_id(0).to(tl.int64)
@@ -143,15 +153,15 @@ def _apply_kernel(
     shift += batch * shift_stride
     if block < blocks_first:
         _normalised(
-            first, moments, shift, weight, bias, grids, out_first, batch, block, pixels, pieces, width_first, 0, groups,
-            eps, height, columns, out_h, out_w, left, top, per_group, rows, block_c, block_g, block_p, has_shift,
-            activate, integer,
+            first, moments, shift, weight, bias, grids, out_first, raw_grids, raw_first, batch, block, pixels,
+            pieces, width_first, 0, groups, eps, height, columns, out_h, out_w, left, top, per_group, rows, block_c,
+            block_g, block_p, has_shift, activate, integer, both,
         )  # fmt: skip
     elif halves:
         _normalised(
-            second, moments, shift, weight, bias, grids + 4, out_second, batch, block - blocks_first, pixels, pieces,
-            width_second, width_first, groups, eps, height, columns, out_h, out_w, left, top, per_group, rows,
-            block_c, block_g, block_p, has_shift, activate, integer,
+            second, moments, shift, weight, bias, grids + 4, out_second, raw_grids + 4, raw_second, batch,
+            block - blocks_first, pixels, pieces, width_second, width_first, groups, eps, height, columns, out_h, out_w, left, top, per_group, rows,
+            block_c, block_g, block_p, has_shift, activate, integer, both,
         )  # fmt: skip
 
 
@@ -165,20 +175,22 @@ def group_norm(
     activate: bool,
     grids: Tensor,
     pad: Pad,
+    raw_grids: Tensor | None = None,
 ) -> list[Tensor]:
     """See `cachequant.kernels.cuda.reference.group_norm`; one or two contiguous parts, shift with rows of any stride."""
     b, h, w, _ = parts[0].shape
     left, right, top, bottom = pad
     size = (h + top + bottom, w + left + right)
     outs = [torch.empty(b, *size, part.shape[3], dtype=torch.int8, device=part.device) for part in parts]
-    _group_norm(parts, shift, weight, bias, groups, eps, activate, grids, outs, (left, top))
-    return outs
+    raw = [] if raw_grids is None else [torch.empty_like(part, dtype=torch.int8) for part in parts]
+    _group_norm(parts, shift, weight, bias, groups, eps, activate, grids, outs, (left, top), raw_grids, raw)
+    return outs + raw
 
 
 def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """GroupNorm of a contiguous [B, H, W, C] in its own type."""
     out = torch.empty_like(x)
-    _group_norm([x], None, weight, bias, groups, eps, False, None, [out], (0, 0))
+    _group_norm([x], None, weight, bias, groups, eps, False, None, [out], (0, 0), None, [])
     return out
 
 
@@ -193,8 +205,13 @@ def _group_norm(
     grids: Tensor | None,
     outs: list[Tensor],
     corner: tuple[int, int],
+    raw_grids: Tensor | None,
+    raw: list[Tensor],
 ) -> None:
-    """One or two parts into `outs`, where their first pixel is at `corner` (left, top); integers if there are `grids`."""
+    """One or two parts into `outs`, where their first pixel is at `corner` (left, top); integers if there are `grids`.
+
+    The integers of the parts themselves go into `raw`, if it has a tensor for each.
+    """
     b, h, w, _ = parts[0].shape
     _, out_h, out_w, _ = outs[0].shape
     first, second = parts[0], parts[-1]
@@ -216,11 +233,12 @@ def _group_norm(
     counts = [triton.cdiv(width, block) for width in widths]
     rows, warps = _rows(out_h * out_w, block, b * sum(counts))
     _apply_kernel[(b, triton.cdiv(out_h * out_w, rows), sum(counts))](
-        first, second, moments, added, stride, weight, bias, moments if grids is None else grids, outs[0], outs[-1], h * w,
-        pieces, counts[0], widths[0], widths[-1], groups, eps, h, w, out_h, out_w, *corner, rows=rows, block_c=block,
+        first, second, moments, added, stride, weight, bias, moments if grids is None else grids, outs[0], outs[-1],
+        moments if raw_grids is None else raw_grids, (raw or outs)[0], (raw or outs)[-1], h * w, pieces, counts[0],
+        widths[0], widths[-1], groups, eps, h, w, out_h, out_w, *corner, rows=rows, block_c=block,
         block_g=triton.next_power_of_2(min(groups, (block - 1) // per_group + 2)),
-        block_p=triton.next_power_of_2(pieces), activate=activate, integer=grids is not None, num_warps=warps,
-        **flags,
+        block_p=triton.next_power_of_2(pieces), activate=activate, integer=grids is not None, both=bool(raw),
+        num_warps=warps, **flags,
     )  # fmt: skip
 
 

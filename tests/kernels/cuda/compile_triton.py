@@ -65,7 +65,9 @@ def compile_all() -> None:
             parts = [x[:, :size].contiguous()] * halves
             wide = vector.repeat(halves)
             add = torch.zeros(2, 64 * halves, dtype=dtype) if shift else None
-            triton_norm.group_norm(parts, add, wide, wide, 16, 1e-5, True, grids[:halves], (1, 1, 1, 1))
+            given = parts, add, wide, wide, 16, 1e-5, True, grids[:halves], (1, 1, 1, 1)
+            triton_norm.group_norm(*given)
+            triton_norm.group_norm(*given, grids[:halves])
         for last, other in itertools.product((False, True), (None, x)):
             order = torch.channels_last if last else torch.contiguous_format
             given = x.contiguous(memory_format=order)

@@ -37,7 +37,7 @@ def cases() -> dict[str, tuple]:
             image, kernel, scale, shift, torch.rand(2, 2, 2, 8).half(), 0.5, torch.rand(2, 2, 2), scale, [2, 2], torch.int8,
         ),
         "quantize_image": (h, GRIDS[0], [1, 1, 1, 1], 2),
-        "group_norm_int8": ([h, h + 1], c, torch.rand(16), torch.rand(16), 4, 1e-5, True, GRIDS, [0, 1, 0, 1]),
+        "group_norm_int8": ([h, h + 1], c, torch.rand(16), torch.rand(16), 4, 1e-5, True, GRIDS, [0, 1, 0, 1], GRIDS),
         "group_norm_float": (h, torch.rand(8), torch.rand(8), 4, 1e-5),
         "layer_norm_int8": (tokens, torch.rand(8), torch.rand(8), tokens[:, 0].clone(), tokens[:, 1].clone(), 1e-5, GRIDS),
         "gated_layer_norm_int8": (tokens, tokens + 1, *(tokens[:, i].clone() for i in range(3)), 1e-5, GRIDS),

@@ -163,6 +163,10 @@ def test_group_norm(widths, size, groups, with_shift):
     expected = reference.group_norm([p.double() for p in parts], shift, weight, bias, *args)
     for one, other in zip(found, expected, strict=True):
         assert_same_integers(one, other)
+    raw_grids = GRIDS.flip(0)[: len(widths)].contiguous()
+    both = triton_norm.group_norm(parts, shift, weight, bias, *args, raw_grids)
+    wanted = [*found, *(reference.quantize(part, grid) for part, grid in zip(parts, raw_grids, strict=True))]
+    assert all(torch.equal(one, other) for one, other in zip(both, wanted, strict=True))
 
 
 @pytest.mark.parametrize("per_group", [1, 3, 6, 10, 18, 20, 30, 40, 60, 80, 120, 300])
