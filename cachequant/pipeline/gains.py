@@ -25,7 +25,9 @@ def output_gains(walk: Walk, names: list[str]) -> dict[str, Tensor]:
     With independent errors of mean square e_c at every pixel of y_c, Σ_c gain_c·e_c is the mean squared move of the sample:
     a Gauss-Newton approximation, block-diagonal as in K-FAC (Martens and Grosse, ICML 2015), with w_t the move of the sample
     by an error of the prediction at step t (`SamplerGains`). A refresh reaches the steps that reuse its feature too, so
-    that a group of steps is differentiated as a whole, along one random direction.
+    that a group of steps is differentiated as a whole, along one random direction. A cached step that is looked at stands
+    for its neighbours: what it reads of the refresh counts as often in the sum, its own layers' errors, which are others
+    at each of them, in the squares.
     """
     weights, adapter, schedule = _moves(walk).tolist(), walk.context.adapter, walk.schedule
     gains: dict[str, Tensor] = {}
@@ -39,25 +41,29 @@ def output_gains(walk: Walk, names: list[str]) -> dict[str, Tensor]:
             cache.step = first
             output = walk.evaluate(walk.call(first, ROWS), cache)
             direction = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
-            total = (output * direction).sum() * weights[first]
+            total, stands_for = (output * direction).sum() * weights[first], [1] * len(seen)
             for step in range(first + 1, end, STRIDE):
-                cache.step, stands_for = step, min(STRIDE, end - step)
+                cache.step, steps = step, min(STRIDE, end - step)
                 output = walk.evaluate(walk.call(step, ROWS), cache)
-                total = total + (output * direction).sum() * (stands_for * weights[step])
-            _add(gains, seen, total, len(output))
+                total = total + (output * direction).sum() * (steps * weights[step])
+                stands_for += [steps] * (len(seen) - len(stands_for))
+            _add(gains, seen, stands_for, total, len(output))
             _forget_graph(cache)
     return gains
 
 
-def _add(gains: dict[str, Tensor], seen: list[tuple[str, int, Tensor]], total: Tensor, count: int) -> None:
+def _add(
+    gains: dict[str, Tensor], seen: list[tuple[str, int, Tensor]], stands_for: list[int], total: Tensor, count: int
+) -> None:
     """Squared derivatives of a group's total by the outputs [b, ..., O, ...] that were seen, summed per channel.
 
+    Each output stands for that many steps, whose n·w·∂ε is squared to n²: n steps with errors of their own make n of them.
     `count` samples went into the total, in one batch or several.
     """
     found = torch.autograd.grad(total, [output for _, _, output in seen], allow_unused=True)
-    for (name, dim, _), gradient in zip(seen, found, strict=True):
+    for (name, dim, _), steps, gradient in zip(seen, stands_for, found, strict=True):
         if gradient is not None:
-            square = gradient.square().movedim(dim, 0).flatten(1).sum(1) / count  # [O]
+            square = gradient.square().movedim(dim, 0).flatten(1).sum(1) / (count * steps)  # [O]
             gains[name] = gains[name] + square if name in gains else square
 
 

@@ -110,7 +110,7 @@ def test_bits_by_name(pipe: Any, configure: Configure, tmp_path: Path) -> None:
 
 
 def test_a_gain_is_the_squared_derivative_of_the_move(pipe: Any, configure: Configure, tmp_path: Path) -> None:
-    """Of the last convolution it is known: every pixel moves its own pixel of ε by as much."""
+    """Of the last convolution it is known: every pixel moves its own pixel of ε by as much, at each step anew."""
     stages = stages_of(pipe, configure("cache.interval=3"), tmp_path)
     walk = stages._walk()
     schedule = walk.schedule
@@ -120,7 +120,7 @@ def test_a_gain_is_the_squared_derivative_of_the_move(pipe: Any, configure: Conf
     ends = [next((r for r in schedule.refresh_steps if r > t), schedule.num_steps) for t in steps]
     stands_for = [1 if schedule.is_refresh(t) else min(STRIDE, e - t) for t, e in zip(steps, ends, strict=True)]
     moves = _moves(walk)
-    expected = 16 * 16 * sum((float(moves[t]) * n) ** 2 for t, n in zip(steps, stands_for, strict=True))
+    expected = 16 * 16 * sum(n * float(moves[t]) ** 2 for t, n in zip(steps, stands_for, strict=True))
     before = [p.requires_grad for p in pipe.unet.parameters()]
     gains = output_gains(walk, ["conv_out", "mid_block.resnets.0.conv2"])
     assert float(gains["conv_out"]) == pytest.approx(expected, rel=1e-4)
