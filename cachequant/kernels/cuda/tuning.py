@@ -74,16 +74,17 @@ class TuningTable:
         return table
 
     def read(self) -> None:
-        """Take over what the file holds; a file that is cut short is as good as none."""
+        """Take over what the file holds beside what is known; a file that is cut short is as good as none."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
         if isinstance(found, dict):
-            self.chosen = {str(key): str(value) for key, value in found.items()}
+            self.chosen = {str(key): str(value) for key, value in found.items()} | self.chosen
 
     def write(self) -> None:
-        """Replace the file as a whole, so that two processes cannot leave half a table."""
+        """Replace the file as a whole, so that two processes cannot leave half a table, with what others filed since."""
+        self.read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as scratch:
             json.dump(self.chosen, scratch, indent=0, sort_keys=True)

@@ -42,6 +42,17 @@ def test_a_choice_that_is_no_longer_offered_is_measured_again(made):
     assert table.best("shape", ["slow", "middle"], called.append) == "middle"
 
 
+def test_what_another_process_filed_meanwhile_stays(made):
+    table, called = made
+    other = TuningTable(table.path, table.measure)
+    other.best("theirs", ["middle"], called.append)
+    other.best("both", ["middle"], called.append)
+    table.best("ours", list(COST), called.append)
+    table.chosen["both"] = "fast"  # measured by both
+    table.write()
+    assert json.loads(table.path.read_text()) == {"ours": "fast", "theirs": "middle", "both": "fast"}
+
+
 def test_kernels_without_memory_or_support_are_left_out_with_the_reason(made):
     table, called = made
 
