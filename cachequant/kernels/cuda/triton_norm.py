@@ -160,8 +160,8 @@ def _apply_kernel(
     elif halves:
         _normalised(
             second, moments, shift, weight, bias, grids + 4, out_second, raw_grids + 4, raw_second, batch,
-            block - blocks_first, pixels, pieces, width_second, width_first, groups, eps, height, columns, out_h, out_w, left, top, per_group, rows,
-            block_c, block_g, block_p, has_shift, activate, integer, both,
+            block - blocks_first, pixels, pieces, width_second, width_first, groups, eps, height, columns, out_h, out_w,
+            left, top, per_group, rows, block_c, block_g, block_p, has_shift, activate, integer, both,
         )  # fmt: skip
 
 
