@@ -142,6 +142,7 @@ class DenoiserHook:
 
         @functools.wraps(move)
         def step(*args: Any, **kwargs: Any) -> Any:
+            """One scheduler step, from the table where there is one; it ends the evaluation."""
             moved = None if self.sampler is None else self.sampler.move(self.cache.step, args, kwargs)
             result = move(*args, **kwargs) if moved is None else moved
             self._end_evaluation()

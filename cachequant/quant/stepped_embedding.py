@@ -21,7 +21,7 @@ class SteppedEmbedding:
     numbers are those of computing them anew. In their place the network then has modules that do nothing, until `release`.
 
     Args:
-        network: a U-Net with deployed layers of which `fits` is true.
+        network: a U-Net with deployed layers that `step_embedding` has found fit.
         resnets: its blocks with a projection of the embedding.
         clock: tells the step; it is where it was afterwards.
         tables: frozen; they keep the row of the current step.

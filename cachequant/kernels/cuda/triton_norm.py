@@ -16,7 +16,7 @@ from cachequant.kernels.cuda.triton_pointwise import padded_pixel, round_to_grid
 from cachequant.kernels.reference import Pad
 
 LARGE, SMALL, VALUES_PER_WARP = 8192, 1024, 1024
-"""Values of a program: as many as leave `PROGRAMS` of them."""
+"""Most and fewest values of a program, as many as leave `PROGRAMS` of them, and values of a warp."""
 MOMENT_BLOCK, MOMENT_WARPS = 4096, 4
 """Values that a program of the moments has in flight at once, and its warps."""
 PROGRAMS, MOST_PIECES = 256, 32
