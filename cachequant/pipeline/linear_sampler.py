@@ -1,9 +1,9 @@
 """A scheduler's step from a table: deterministic samplers are linear in the sample and in the predictions so far.
 
 DDIM without noise (Song et al., ICLR 2021), PLMS (Liu et al., ICLR 2022) and their like compute
-x_{t+1} = a·x_t + Σ_k b_k·ε_{t-k}, with numbers that the timesteps alone decide, by some twenty operators on the device and
-the host for each step. On a fast GPU these take longer than a cached step of the network, so that the loop waits for them; from
-the table they are two to six.
+x_{t+1} = a·x_t + Σ_k b_k·ε_{t-k}, with numbers that the timesteps alone decide, by some twenty operators for each step. On a
+fast GPU these take longer than a cached step of the network, so that the loop waits for them; from the table they are two
+to six.
 """
 
 from __future__ import annotations
