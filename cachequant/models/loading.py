@@ -185,7 +185,14 @@ class Generator:
 
 
 def class_count(pipe: Any) -> int | None:
-    """Number of classes that a class-conditional pipeline knows, without the one that stands for none; None if unknown."""
+    """Number of classes that a class-conditional pipeline knows, without the one that stands for none; None if unknown.
+
+    Names that the pipeline has for its classes (`DiTPipeline.labels`) count before the rows of its embedding: a network
+    trained on ten classes may have a thousand rows.
+    """
+    named = getattr(pipe, "labels", None)
+    if isinstance(named, dict) and named:
+        return max(named.values()) + 1
     denoiser = denoiser_of(pipe)
     for owner, key in (
         (getattr(pipe, "class_embedder", None), "num_classes"),

@@ -24,13 +24,22 @@ WARM_UP = 2
 
 
 class CudaRecorder:
-    """Captures functions into CUDA graphs that share one memory pool."""
+    """Captures functions into CUDA graphs that share one memory pool.
 
-    def __init__(self) -> None:
+    Args:
+        device: the card that they run on, default the current one.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._pool: Any = None
 
     def __call__(self, body: Body) -> Replay:
         """Run `body` a few times, capture it, and return what replays it; its results stay at the same addresses."""
+        with torch.cuda.device(self._device):
+            return self._record(body)
+
+    def _record(self, body: Body) -> Replay:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

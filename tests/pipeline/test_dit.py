@@ -15,7 +15,7 @@ import cachequant as cq
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.cli import main
 from cachequant.config import RunConfig, repository_folder
-from cachequant.models.loading import class_labels
+from cachequant.models.loading import class_count, class_labels, load_pipeline
 from cachequant.pipeline.calibrate import choose_schedule, gather
 from cachequant.pipeline.context import FRESH, Context
 from cachequant.pipeline.features import gather_moments
@@ -197,6 +197,13 @@ def test_class_ids_are_spread_over_all_classes_and_checked() -> None:
         class_labels([-1], None, [0])
     with pytest.raises(cq.UserError, match="needs class ids"):
         class_labels(None, None, [0])
+
+
+def test_the_miniature_is_only_asked_for_the_classes_that_it_was_trained_on() -> None:
+    pipe = load_pipeline(repository_folder() / "assets" / "fashion-dit", "cpu")
+    rows = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight  # [1001, C]
+    trained = rows.abs().sum(1).nonzero().flatten().tolist()
+    assert trained == [*range(class_count(pipe)), 1000]  # the last stands for no class
 
 
 def test_a_class_that_the_model_lacks_is_one_line(dit: Any, settings: Configure, tmp_path: Path) -> None:

@@ -6,13 +6,21 @@ of the compiled and the Triton kernels for their shape, everything else runs in 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from cachequant.kernels.cuda import reference
 from cachequant.kernels.cuda.dispatch import run_activated, run_product
 from cachequant.kernels.reference import Pad
+
+
+Kernel = Callable[..., Any]
 
 
 def _pad(values: list[int]) -> Pad:
@@ -30,6 +38,24 @@ def _contiguous(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"a tensor of shape {list(tensor.shape)} is not contiguous, expected contiguous operands")
+
+
+def _gpu_kernel(operator: CustomOpDef) -> Callable[[Kernel], Kernel]:
+    """Register an operator's kernel for GPUs; it runs with the card of its first operand as the current one.
+
+    Triton launches, and CUDA allocates streams and events, on the current card, whichever holds the operands.
+    """
+
+    def register(kernel: Kernel) -> Kernel:
+        @operator.register_kernel("cuda")
+        @functools.wraps(kernel)
+        def on_card(*operands: Any) -> Any:
+            with torch.cuda.device(operands[0].device):
+                return kernel(*operands)
+
+        return kernel
+
+    return register
 
 
 @custom_op("cachequant::int8_linear", mutates_args=())
@@ -58,7 +84,7 @@ def int8_linear(
     return reference.epilogue(total, scale, shift, source, beta, row_sum, offset, dtype)
 
 
-@int8_linear.register_kernel("cuda")
+@_gpu_kernel(int8_linear)
 def _(x, weight, scale, shift, source, beta, row_sum, offset, dtype):  # type: ignore[no-untyped-def]
     _contiguous(x, weight, scale, shift, source, row_sum, offset)
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
@@ -90,7 +116,7 @@ def _hidden(x: Tensor, weight: Tensor, kind: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if kind == "geglu" else 1))
 
 
-@int8_linear_activated.register_kernel("cuda")
+@_gpu_kernel(int8_linear_activated)
 def _(x, weight, scale, shift, row_sum, offset, grid, kind):  # type: ignore[no-untyped-def]
     _contiguous(x, weight, scale, shift, row_sum, offset, grid)
     out = _hidden(x, weight, kind)
@@ -127,7 +153,7 @@ def _conv_output(x: Tensor, weight: Tensor, stride: list[int], dtype: torch.dtyp
     return x.new_empty(x.shape[0], rows, columns, weight.shape[0], dtype=dtype)
 
 
-@int8_conv2d.register_kernel("cuda")
+@_gpu_kernel(int8_conv2d)
 def _(x, weight, scale, shift, source, beta, row_sum, offset, stride, dtype):  # type: ignore[no-untyped-def]
     _contiguous(x, weight, scale, shift, source, row_sum, offset)
     out = _conv_output(x, weight, stride, dtype)
@@ -146,7 +172,7 @@ def quantize_image(x: Tensor, grid: Tensor, pad: list[int], upsample: int) -> Te
     return reference.quantize_image(x, grid, _pad(pad), upsample).clone()
 
 
-@quantize_image.register_kernel("cuda")
+@_gpu_kernel(quantize_image)
 def _(x, grid, pad, upsample):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_pointwise
 
@@ -181,7 +207,7 @@ def group_norm_int8(
     return reference.group_norm(parts, shift, weight, bias, groups, eps, activate, grids, _pad(pad), raw_grids)
 
 
-@group_norm_int8.register_kernel("cuda")
+@_gpu_kernel(group_norm_int8)
 def _(parts, shift, weight, bias, groups, eps, activate, grids, pad, raw_grids=None):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
@@ -201,7 +227,7 @@ def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
     return reference.group_norm_float(x, weight, bias, groups, eps)
 
 
-@group_norm_float.register_kernel("cuda")
+@_gpu_kernel(group_norm_float)
 def _(x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
@@ -228,7 +254,7 @@ def layer_norm_int8(
     return reference.layer_norm(x, weight, bias, scale, shift, eps, grids)
 
 
-@layer_norm_int8.register_kernel("cuda")
+@_gpu_kernel(layer_norm_int8)
 def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
@@ -259,7 +285,7 @@ def gated_layer_norm_int8(
     return total, reference.layer_norm(total, None, None, scale, shift, eps, grids)
 
 
-@gated_layer_norm_int8.register_kernel("cuda")
+@_gpu_kernel(gated_layer_norm_int8)
 def _(x, more, gate, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
@@ -278,7 +304,7 @@ def gated_sum(x: Tensor, more: Tensor, gate: Tensor) -> Tensor:
     return reference.gated_sum(x, more, gate)
 
 
-@gated_sum.register_kernel("cuda")
+@_gpu_kernel(gated_sum)
 def _(x, more, gate):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_pointwise
 
@@ -297,7 +323,7 @@ def window_sum(x: Tensor, window: list[int], stride: list[int]) -> Tensor:
     return reference.window_sum(x, _pair(window), _pair(stride))
 
 
-@window_sum.register_kernel("cuda")
+@_gpu_kernel(window_sum)
 def _(x, window, stride):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_pointwise
 
@@ -327,7 +353,7 @@ def load_step(
     reference.load_step(step, grids, inputs, columns, maps, rows, scale, shift, offset)
 
 
-@load_step.register_kernel("cuda")
+@_gpu_kernel(load_step)
 def _(step, grids, inputs, columns, maps, rows, scale, shift, offset):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_steps
 
@@ -346,7 +372,7 @@ def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, ch
     return reference.map_channels(x, other, maps, step, channel_dim)
 
 
-@map_channels.register_kernel("cuda")
+@_gpu_kernel(map_channels)
 def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_steps
 
