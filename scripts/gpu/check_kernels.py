@@ -121,6 +121,7 @@ def exact_case(name: str, x: Tensor, w: Tensor, stride: tuple[int, int], dtype: 
     return Case(name, f"exact {list(x.shape)}x{list(w.shape)} {str(dtype)[6:]}", wrong, 0.0, wrong == 0.0)
 
 
+FIRST_FEED_FORWARD = dispatch.TRITON + "x".join(map(str, FEED_FORWARD_BLOCKS[0]))
 FIRST_TRITON = dispatch.TRITON + "x".join(map(str, BLOCKS[0]))
 
 
@@ -209,13 +210,13 @@ def feed_forward_case(m: int, n: int, k: int, kind: str, sums: bool, tile: str) 
 
 
 def feed_forwards(quick: bool) -> Iterator[Case]:
-    """Every tile of the fused feed-forward kernel on the first of these shapes, the first tile on all."""
-    shapes = [(7, 24, 48), (4096, 1280, 320), (513, 640, 640), (64, 5120, 1280)][: 1 if quick else 4]
-    tiles = [dispatch.TRITON + "x".join(map(str, blocks)) for blocks in FEED_FORWARD_BLOCKS]
-    for i, shape in enumerate(shapes):
-        for kind, sums, tile in itertools.product(("geglu", "gelu", "gelu_tanh"), (False, True), tiles):
-            if tile == tiles[0] or (kind == "geglu" and i < 2):
-                yield attempt(f"{kind} {tile}", str(shape), feed_forward_case, *shape, kind, sums, tile)
+    """Compiled kernels on all of these shapes, Triton's tiles on the first, the first of them on all."""
+    shapes = [(7, 32, 48), (4096, 1280, 320), (513, 640, 640), (64, 5120, 1280), (1, 16, 16)][: 1 if quick else 5]
+    for i, (m, n, k) in enumerate(shapes):
+        for kind, sums in itertools.product(("geglu", "gelu", "gelu_tanh"), (False, True)):
+            for tile in dispatch.activated_candidates(torch.cuda.get_device_capability(), kind, k, n, sums):
+                if not tile.startswith(dispatch.TRITON) or tile == FIRST_FEED_FORWARD or (kind == "geglu" and i < 2):
+                    yield attempt(f"{kind} {tile}", f"{m}x{n}x{k}", feed_forward_case, m, n, k, kind, sums, tile)
 
 
 def layer_norm_case(size: tuple[int, int], channels: int, affine: bool, modulate: bool, dtype: torch.dtype) -> Case:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from cachequant.kernels.cuda import library
 from cachequant.kernels.cuda.build import library_path
 from cachequant.kernels.cuda.tuning import TuningTable
 from cachequant.kernels.cuda.variants import VARIANTS, Variant, variants_for
+
+if TYPE_CHECKING:
+    from cachequant.kernels.cuda.triton_product import Blocks
 
 TRITON = "triton_"
 """Prefix of a Triton kernel's name; its blocks follow."""
@@ -40,14 +44,40 @@ def candidates(
     capability: tuple[int, int], operation: str, channels: int, outputs: int, dtype: torch.dtype, has_row_sum: bool
 ) -> tuple[str, ...]:
     """Names of the kernels that support a layer, compiled ones first."""
-    compiled = [
+    compiled = _compiled(capability, operation, channels, outputs, dtype, has_row_sum)
+    if not has_triton():
+        return compiled
+    from cachequant.kernels.cuda.triton_product import BLOCKS
+
+    return (*compiled, *(TRITON + "x".join(map(str, blocks)) for blocks in BLOCKS))
+
+
+def _compiled(
+    capability: tuple[int, int],
+    operation: str,
+    channels: int,
+    outputs: int,
+    dtype: torch.dtype,
+    has_row_sum: bool,
+    activation: str | None = None,
+) -> tuple[str, ...]:
+    """Names of the compiled kernels that support a layer and the activation behind it."""
+    wanted = (operation, dtype, activation)
+    return tuple(
         v.name
         for v in built(capability)
-        if v.operation == operation and v.dtype == dtype and v.unsupported(channels, outputs, has_row_sum) is None
-    ]
+        if (v.operation, v.dtype, v.activation) == wanted and v.unsupported(channels, outputs, has_row_sum) is None
+    )
+
+
+def activated_candidates(
+    capability: tuple[int, int], kind: str, channels: int, outputs: int, has_row_sum: bool
+) -> tuple[str, ...]:
+    """Names of the kernels that run a linear layer with the activation `kind` behind it, compiled ones first."""
+    compiled = _compiled(capability, "linear", channels, outputs, torch.int8, has_row_sum, kind)
     if not has_triton():
-        return tuple(compiled)
-    from cachequant.kernels.cuda.triton_product import BLOCKS
+        return compiled
+    from cachequant.kernels.cuda.triton_feed_forward import BLOCKS
 
     return (*compiled, *(TRITON + "x".join(map(str, blocks)) for blocks in BLOCKS))
 
@@ -79,15 +109,13 @@ def run_product(
         if kernel.startswith(TRITON):
             from cachequant.kernels.cuda import triton_product
 
-            blocks = triton_product.Blocks(*map(int, kernel.removeprefix(TRITON).split("x")))
-            given = triton_product.Operands(*operands)
+            blocks, given = _blocks(kernel), triton_product.Operands(*operands)
             if operation == "linear":
                 triton_product.linear(x, weight, given, out, blocks)
             else:
                 triton_product.conv2d(x, weight, stride, given, out, blocks)
         else:
-            variant = next(v for v in VARIANTS if v.name == kernel)
-            library.run(variant, x, weight, stride, *operands, out)
+            library.run(_variant(kernel), x, weight, stride, *operands, out)
 
     if name is None:
         names = candidates(capability, operation, x.shape[-1], weight.shape[0], out.dtype, row_sum is not None)
@@ -113,21 +141,38 @@ def run_activated(
     out: Tensor,
     name: str | None = None,
 ) -> None:
-    """`int8_linear_activated` into `out`, by the kernel `name` or the fastest one; all are Triton's."""
-    from cachequant.kernels.cuda import triton_feed_forward, triton_product
-
-    operands = triton_product.Operands(scale, shift, None, 0.0, row_sum, offset)
-    tiles = {TRITON + "x".join(map(str, blocks)): blocks for blocks in triton_feed_forward.BLOCKS}
+    """`int8_linear_activated` into `out`, by the kernel `name` or the fastest one."""
+    operands = (scale, shift, None, 0.0, row_sum, offset)
 
     def call(kernel: str) -> None:
         """Product and activation by one kernel."""
-        triton_feed_forward.activated(
-            x, weight, operands, grid, kind == "geglu", kind == "gelu_tanh", out, tiles[kernel]
-        )
+        if kernel.startswith(TRITON):
+            from cachequant.kernels.cuda import triton_feed_forward, triton_product
 
-    sizes = "x".join(map(str, (*x.shape, *weight.shape)))
-    fused = "".join(letter for letter, t in zip("ba", (shift, offset), strict=True) if t is not None)
-    call(name or _fastest(x.device, f"{kind} {sizes} {fused}", tuple(tiles), call))
+            blocks, given = _blocks(kernel), triton_product.Operands(*operands)
+            triton_feed_forward.activated(x, weight, given, grid, kind == "geglu", kind == "gelu_tanh", out, blocks)
+        else:
+            library.run(_variant(kernel), x, weight, (1, 1), *operands, out, grid)
+
+    if name is None:
+        capability = torch.cuda.get_device_capability(x.device)
+        names = activated_candidates(capability, kind, x.shape[-1], weight.shape[0], row_sum is not None)
+        sizes = "x".join(map(str, (*x.shape, *weight.shape)))
+        fused = "".join(letter for letter, t in zip("ba", (shift, offset), strict=True) if t is not None)
+        name = _fastest(x.device, f"{kind} {sizes} {fused}", names, call)
+    call(name)
+
+
+def _blocks(name: str) -> Blocks:
+    """The tile in a Triton kernel's name."""
+    from cachequant.kernels.cuda.triton_product import Blocks
+
+    return Blocks(*map(int, name.removeprefix(TRITON).split("x")))
+
+
+def _variant(name: str) -> Variant:
+    """The compiled kernel of this name."""
+    return next(v for v in VARIANTS if v.name == name)
 
 
 def _fastest(device: torch.device, key: str, names: tuple[str, ...], call: Callable[[str], None]) -> str:

@@ -20,7 +20,7 @@ CUDA_ERROR = 1000
 class _Epilogue(Structure):
     _fields_ = (
         ("scale", c_void_p), ("shift", c_void_p), ("source", c_void_p), ("beta", c_float), ("row_sum", c_void_p),
-        ("offset", c_void_p), ("columns", c_void_p), ("out", c_void_p),
+        ("offset", c_void_p), ("columns", c_void_p), ("out", c_void_p), ("grid", c_void_p),
     )  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def run(
     row_sum: Tensor | None,
     offset: Tensor | None,
     out: Tensor,
+    grid: Tensor | None = None,
 ) -> None:
     """One product or convolution into `out`; every tensor contiguous, on the same card.
 
@@ -105,6 +106,7 @@ def run(
         stride: of a convolution.
         scale, shift, source, beta, row_sum, offset: of the epilogue, see `cachequant.kernels.cuda`.
         out: [M, N] or [B, P, Q, N].
+        grid: float32 [4] of the integers behind a variant's activation.
 
     Raises:
         KernelError: the kernel did not start.
@@ -112,7 +114,7 @@ def run(
     library = _load(variant)
     columns = _columns(x.device, max(4096, weight.shape[0])) if variant.arch == 80 and x.dim() == 4 else None
     pointers = [_pointer(t) for t in (scale, shift, source)]
-    end = _Epilogue(*pointers, beta, *[_pointer(t) for t in (row_sum, offset, columns, out)])
+    end = _Epilogue(*pointers, beta, *[_pointer(t) for t in (row_sum, offset, columns, out, grid)])
     problem: Any
     if x.dim() == 2:
         problem = _Gemm(_pointer(x), _pointer(weight), x.shape[0], weight.shape[0], x.shape[1], end)

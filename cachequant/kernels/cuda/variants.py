@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class Variant:
         tile: rows, output channels and input channels of a tile.
         dtype: of the output.
         extra: further macros.
+        activation: "gelu_tanh", with an int8 output on a grid of its own, or None.
     """
 
     operation: str
@@ -34,11 +35,13 @@ class Variant:
     tile: tuple[int, int, int]
     dtype: torch.dtype = torch.float16
     extra: tuple[tuple[str, int], ...] = field(default=())
+    activation: str | None = None
 
     @property
     def name(self) -> str:
         """Unique, and a file name."""
         rest = "".join(f"_{key.lower()}{value}" for key, value in self.extra)
+        rest += "" if self.activation is None else f"_{self.activation}"
         return f"{self.operation}_sm{self.arch}_{'x'.join(map(str, self.tile))}{rest}_{DTYPES[self.dtype][0]}"
 
     @property
@@ -50,7 +53,8 @@ class Variant:
     def macros(self) -> tuple[str, ...]:
         """What the source is compiled with."""
         tile = [f"-DCQ_TILE_{axis}={size}" for axis, size in zip("MNK", self.tile, strict=True)]
-        return (*tile, f"-DCQ_OUT={DTYPES[self.dtype][1]}", *(f"-DCQ_{key}={value}" for key, value in self.extra))
+        end = () if self.activation is None else (f"-DCQ_{self.activation.upper()}",)
+        return (*tile, f"-DCQ_OUT={DTYPES[self.dtype][1]}", *(f"-DCQ_{key}={value}" for key, value in self.extra), *end)
 
     @property
     def target(self) -> str:
@@ -79,6 +83,11 @@ def _gemm90(tile: tuple[int, int, int], cluster: int, cooperative: int, dtype: t
     return Variant("linear", 90, tile, dtype, (("CLUSTER_M", cluster), ("COOPERATIVE", cooperative)))
 
 
+def _gelu90(tile: tuple[int, int, int], cluster: int, cooperative: int) -> Variant:
+    plain = _gemm90(tile, cluster, cooperative, torch.int8)
+    return replace(plain, activation="gelu_tanh")
+
+
 def _conv90(tile: tuple[int, int, int], cluster: int = 1, dtype: torch.dtype = torch.float16) -> Variant:
     return Variant("conv2d", 90, tile, dtype, (("CLUSTER_M", cluster),))
 
@@ -93,6 +102,12 @@ VARIANTS: tuple[Variant, ...] = (
     _gemm90((64, 64, 128), 1, 0),
     _gemm90((128, 256, 128), 1, 1),
     _gemm90((128, 128, 128), 1, 1),
+    _gemm90((128, 96, 128), 1, 0),
+    _gemm90((128, 96, 128), 2, 0),
+    _gemm90((128, 160, 128), 2, 0),
+    _gelu90((128, 128, 128), 2, 0),
+    _gelu90((128, 256, 128), 1, 1),
+    _gelu90((64, 128, 128), 1, 0),
     _conv90((128, 128, 64)),
     _conv90((64, 160, 64)),
     _conv90((64, 128, 128)),
@@ -123,7 +138,7 @@ VARIANTS: tuple[Variant, ...] = (
     _sm80("linear", (128, 128, 64), 4, torch.int8),
 )
 """All of them. A multiprocessor takes in 64 bytes a clock, so a tile is as good as its operations per byte, as long as there
-are tiles for all 132: 128×160 and clusters that share the weights for large images, narrow tiles for small ones. Two sizes
+are tiles for all 132: 128×160 and 128×96 where they fill the last wave better, clusters that share the weights for large images, narrow tiles for small ones. Two sizes
 serve older cards."""
 
 

@@ -77,3 +77,14 @@ def test_candidates_of_an_unaligned_layer_are_tritons(card):
     aligned = dispatch.candidates((9, 0), "conv2d", 320, 320, torch.float16, True)
     compiled = {v.name for v in variants_for((9, 0)) if v.operation == "conv2d" and v.dtype is torch.float16}
     assert {name for name in aligned if not name.startswith(dispatch.TRITON)} == compiled
+
+
+def test_a_kernel_with_an_activation_serves_that_one_alone(card, monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    for variant in variants_for((9, 0)):
+        build.library_path(variant).touch()
+    activated = dispatch.activated_candidates((9, 0), "gelu_tanh", 1152, 4608, True)
+    assert activated and all("gelu_tanh" in name for name in activated)
+    assert dispatch.activated_candidates((9, 0), "geglu", 1152, 4608, True) == ()
+    plain = dispatch.candidates((9, 0), "linear", 1152, 4608, torch.int8, True)
+    assert plain and not set(plain) & set(activated)

@@ -70,9 +70,9 @@ def test_a_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
 
 
 def one_of_each_kind() -> list[Variant]:
-    kinds: dict[tuple[str, int], Variant] = {}
+    kinds: dict[tuple[str, int, str | None], Variant] = {}
     for variant in VARIANTS:
-        kinds.setdefault((variant.operation, variant.arch), variant)
+        kinds.setdefault((variant.operation, variant.arch, variant.activation), variant)
     return list(kinds.values())
 
 

@@ -3,7 +3,8 @@
 //
 //   out[m, n] = cast(scale[n] * sum_k x[m, k] * w[n, k] + shift[n] + beta * source[m, n] + row_sum[m] * offset[n])
 //
-// x and w are int8, the sum is an int32, the rest float32. A cast to int8 rounds to nearest even and saturates.
+// x and w are int8, the sum is an int32, the rest float32. A cast to int8 rounds to nearest even and saturates. Kernels
+// compiled with CQ_GELU_TANH have no source and write the integers of GELU(out) on `grid` instead.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@ struct CqEpilogue {
   const float* offset;   // [n], null where row_sum is
   const float* columns;  // [n] 0, 1, 2, ...; read by the sm80 convolution only
   void* out;             // [m, n]
+  const float* grid;     // inverse scale, zero point, lowest and highest integer; null without an activation
 };
 
 struct CqLaunch {

@@ -15,12 +15,10 @@
 namespace cq {
 
 using Out = CQ_OUT;
-using Source = cute::conditional_t<cute::is_same_v<Out, int8_t>, cutlass::half_t, Out>;
 using Tile = cute::Shape<cute::Int<CQ_TILE_M>, cute::Int<CQ_TILE_N>, cute::Int<CQ_TILE_K>>;
 using Cluster = cute::Shape<cute::Int<CQ_CLUSTER_M>, cute::_1, cute::_1>;
 
 constexpr int kAlignOut = 16 / sizeof(Out);
-constexpr int kAlignSource = 16 / sizeof(Source);
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
 namespace fusion = cutlass::epilogue::fusion;
@@ -30,13 +28,59 @@ using Row = fusion::Sm90RowBroadcast<0, Tile, float>;
 using Column = fusion::Sm90ColBroadcast<0, Tile, float>;
 
 using Shift = fusion::Sm90EVT<MultiplyAdd<float>, Column, Row, Row>;
+inline typename Shift::Arguments shift(const CqEpilogue& e) { return {{e.row_sum}, {e.offset}, {e.shift}, {}}; }
+
+#ifdef CQ_GELU_TANH
+
+using Source = void;
+constexpr int kAlignSource = 1;
+
+struct Grid {
+  const float* values;  // inverse scale, zero point, lowest and highest integer
+};
+
+// The integer of GELU(y), in its form with tanh: y / (1 + exp(-2u)). Clipped and rounded before the zero point is added, as in
+// triton_pointwise.round_to_grid; adding and taking away 1.5 * 2^23 rounds to nearest even.
+template <class T>
+struct GeluToGrid {
+  using Arguments = Grid;
+
+  template <class Values>
+  CUTLASS_DEVICE Values operator()(const Values& y, const Grid& grid) const {
+    const float inverse = grid.values[0], zero = grid.values[1];
+    const float low = grid.values[2] - zero, high = grid.values[3] - zero;
+    Values u;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Values::kElements; ++i) {
+      float cubic = 1.5957691216057308f * (y[i] + 0.044715f * y[i] * y[i] * y[i]);
+      float scaled = __fdividef(y[i], 1.0f + __expf(fminf(-cubic, 80.0f))) * inverse;
+      u[i] = ((fminf(fmaxf(scaled, low), high) + 12582912.0f) - 12582912.0f) + zero;
+    }
+    return u;
+  }
+};
+
+using Linear = fusion::Sm90EVT<MultiplyAdd<float>, Row, fusion::Sm90AccFetch, Shift>;
+using Visitor = fusion::Sm90EVT<fusion::Sm90Compute<GeluToGrid, Out, float, kRound>, Linear>;
+
+inline typename Visitor::Arguments visitor(const CqEpilogue& e) {
+  typename Linear::Arguments linear{{e.scale}, {}, shift(e), {}};
+  return {linear, {e.grid}};
+}
+
+inline const Source* source(const CqEpilogue&) { return nullptr; }
+
+#else
+
+using Source = cute::conditional_t<cute::is_same_v<Out, int8_t>, cutlass::half_t, Out>;
+constexpr int kAlignSource = 16 / sizeof(Source);
+
 using Added = fusion::Sm90EVT<MultiplyAdd<float>, fusion::Sm90ScalarBroadcast<float>, fusion::Sm90SrcFetch<Source>, Shift>;
 using Visitor = fusion::Sm90EVT<MultiplyAdd<Out>, Row, fusion::Sm90AccFetch, Added>;
 
 inline typename Visitor::Arguments visitor(const CqEpilogue& e) {
   float beta = e.source ? e.beta : 0.0f;  // a zero beta skips the load
-  typename Shift::Arguments shift{{e.row_sum}, {e.offset}, {e.shift}, {}};
-  typename Added::Arguments added{{{beta}}, {}, shift, {}};
+  typename Added::Arguments added{{{beta}}, {}, shift(e), {}};
   return {{e.scale}, {}, added, {}};
 }
 
@@ -44,6 +88,8 @@ inline typename Visitor::Arguments visitor(const CqEpilogue& e) {
 inline const Source* source(const CqEpilogue& e) {
   return static_cast<const Source*>(e.source ? e.source : e.out);
 }
+
+#endif
 
 template <class Device>
 int run(typename Device::Arguments& arguments, const CqLaunch& launch) {
