@@ -34,7 +34,9 @@ def deployed_step(adapter: Adapter, cache: FeatureCache, correction: Correction,
     if tables is None:
         return accelerated_step(adapter, cache, correction)
     refuse_other_width(adapter, correction)
-    return graphed_step(adapter, cache, correction, tables, CudaRecorder(tables.device), getattr(network, "context", None))
+    return graphed_step(
+        adapter, cache, correction, tables, CudaRecorder(tables.device), getattr(network, "context", None)
+    )
 
 
 def deployed_sampler(scheduler: Any, network: object) -> LinearSampler | None:

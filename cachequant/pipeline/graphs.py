@@ -180,7 +180,7 @@ class GraphedAdapter:
         x = arguments["x"]
         prompt = arguments.get("encoder_hidden_states")
         if self.context is not None and isinstance(prompt, Tensor):
-            self.context.update(prompt.to(x) if prompt.dtype != x.dtype else prompt)
+            self.context.update(prompt.to(x) if prompt.dtype != x.dtype else prompt, self.record)
         timestep = torch.as_tensor(arguments["timestep"])
         looked_up = self.tables is not None and self.tables.timestep is not None
         arguments["timestep"] = timestep.shape if looked_up else timestep

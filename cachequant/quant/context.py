@@ -12,6 +12,9 @@ from torch import Tensor, nn
 Project = Callable[[Any, Tensor], list[Tensor]]
 """Key and value [B, M, C] of an attention module from a context [B, M, E]."""
 
+Fill = Callable[[], tuple[Tensor, ...]]
+"""Computes keys and values, again and again at the same addresses."""
+
 Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 """What tells contexts apart whose keys and values need memory of their own."""
 
@@ -20,7 +23,7 @@ class ContextOperands:
     """Holds key and value of every cross-attention whose integers and epilogues are the same at all steps.
 
     A captured step reads them at fixed addresses; `update` fills these whenever the context is another tensor, or was
-    written to, since the last call.
+    written to, since the last call. They are captured too: from Python these products took as long as several cached steps.
 
     Args:
         attentions: modules whose `to_k` and `to_v` are deployed and constant.
@@ -31,7 +34,8 @@ class ContextOperands:
         self.attentions, self.project = attentions, project
         self._seen: tuple[Tensor, int] | None = None
         self._kind: Kind | None = None  # of the last context
-        self._held: dict[tuple[int, Kind | None], list[Tensor]] = {}
+        self._filled: dict[Kind, tuple[Tensor, Fill]] = {}  # kind -> fixed memory of the context, what fills the rest
+        self._held: dict[int, list[Tensor]] = {}  # of the last context, by module
         self._reading = False
         for module in attentions:
             module.to_k.context = self
@@ -48,29 +52,34 @@ class ContextOperands:
         ]
         return ContextOperands(found, project) if found else None
 
-    def update(self, context: Tensor) -> None:
+    def update(self, context: Tensor, record: Callable[[Fill], Fill]) -> None:
         """Compute key and value of [B, M, E] anew unless it is what the last call was given.
 
         Tensors of inference mode do not count their changes, and are computed every time.
+
+        Args:
+            context: the prompt's embedding, or a class's.
+            record: makes a replay of a function, whose results stay where they are; used once for every kind of context.
         """
         counted = not context.is_inference()
         if counted and self._seen is not None and context is self._seen[0] and context._version == self._seen[1]:
             return
         self._seen = None  # what fails on the way leaves keys and values of two contexts
         self._kind = tuple(context.shape), context.dtype, context.device
-        for module in self.attentions:
-            self._keep(module, self.project(module, context))
+        if self._kind not in self._filled:
+            self._filled[self._kind] = self._recorded(context, record)
+        fixed, fill = self._filled[self._kind]
+        fixed.copy_(context)
+        made = fill()
+        self._held = {id(module): list(made[2 * i : 2 * i + 2]) for i, module in enumerate(self.attentions)}
         self._seen = (context, context._version) if counted else None
 
-    def _keep(self, module: Any, made: list[Tensor]) -> None:
-        """Write key and value to the memory that graphs read; it can be written whether or not inference mode is on."""
-        held = self._held.get((id(module), self._kind))
-        if held is None:
-            with torch.inference_mode(False):
-                self._held[id(module), self._kind] = [t.clone() for t in made]
-            return
-        for old, new in zip(held, made, strict=True):
-            old.copy_(new)
+    def _recorded(self, context: Tensor, record: Callable[[Fill], Fill]) -> tuple[Tensor, Fill]:
+        """Memory for contexts of this kind, which can be written whether or not inference mode is on, and its replay."""
+        with torch.inference_mode(False):
+            fixed = torch.empty_like(context)
+        fixed.copy_(context)
+        return fixed, record(lambda: tuple(t for module in self.attentions for t in self.project(module, fixed)))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -85,4 +94,4 @@ class ContextOperands:
         """Key and value of a module as `update` left them; None where they must be computed, as for another shape."""
         if not self._reading or self._kind is None or tuple(context.shape) != self._kind[0]:
             return None
-        return self._held.get((id(module), self._kind))
+        return self._held.get(id(module))

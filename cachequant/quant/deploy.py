@@ -15,7 +15,6 @@ from cachequant.errors import UserError
 from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
-from cachequant.quant.adaptive_conditions import AdaptiveConditions, share_adaptive_conditions
 from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.context import ContextOperands
 from cachequant.quant.convert import QuantizedNetwork, fitting_layers, install, replace_module
@@ -26,6 +25,7 @@ from cachequant.quant.time_projections import TimeProjections, share_time_projec
 from cachequant.types import Correction, LayerQuant, QuantState
 
 if TYPE_CHECKING:
+    from cachequant.quant.adaptive_conditions import AdaptiveConditions
     from cachequant.quant.stepped_embedding import SteppedEmbedding
 
 HOST = torch.device("cpu")
@@ -154,6 +154,7 @@ def deploy_on_device(
         UserError: of `deploy`.
     """
     from cachequant.kernels.cuda.packing import unsupported
+    from cachequant.quant.adaptive_conditions import share_adaptive_conditions
     from cachequant.quant.device_blocks import FORWARDS, context_operands
     from cachequant.quant.device_layers import DeviceLayer, join
     from cachequant.quant.stepped_embedding import step_embedding
@@ -183,7 +184,7 @@ def deploy_on_device(
             stepped = None if timesteps is None else step_embedding(network, clock, tables, timesteps)
             handle.time += share_time_projections(network, shallow) if stepped is None else [stepped]
         if "BasicTransformerBlock" in chosen:
-            handle.time += share_adaptive_conditions(network, shallow)
+            handle.time += share_adaptive_conditions(network, clock, tables, shallow, timesteps)
             handle.context = ContextOperands.of(network, context_operands)
         handle.fused = fuse(network, chosen)
     return handle

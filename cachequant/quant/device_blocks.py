@@ -223,8 +223,7 @@ def project(layers: tuple[DeviceLayer, ...], read: Callable[[DeviceLayer], Tenso
 
 def attend(module: Any, operands: list[Tensor], plus: Tensor | None) -> Tensor:
     """Attention of query, key and value [B, ·, C] and its output projection (+ plus): [B, N, C']."""
-    q, k, v = (t.unflatten(2, (module.heads, -1)).transpose(1, 2) for t in operands)  # [B, H, ·, d]
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()  # [B, N, C]
+    out = ops.multi_head_attention(*operands, module.heads)  # [B, N, C]
     return project_out(module, out, plus)
 
 

@@ -294,6 +294,23 @@ def window_case(image: tuple[int, ...], window: tuple[int, int], stride: tuple[i
     return Case("window_sum", str(image), float((found != expected).float().mean()), 0.0, torch.equal(found, expected))
 
 
+ATTENTIONS = ((1, 5, 3, 2, 8), (2, 256, 77, 8, 160), (2, 1024, 77, 8, 80), (2, 1024, 1024, 8, 40), (3, 256, 256, 16, 72),
+              (2, 64, 64, 1, 384))  # fmt: skip
+"""Batch, queries, keys, heads, width of a head."""
+
+
+def attention_case(b: int, n: int, m: int, heads: int, width: int, dtype: torch.dtype) -> Case:
+    """The fastest attention for a shape, operands as slices of joint projections, against softmax in float64."""
+    joint = torch.randn(b, max(n, m), 3 * heads * width, device="cuda").to(dtype)
+    q, k, v = (part[:, :rows] for part, rows in zip(joint.chunk(3, dim=2), (n, m, m), strict=True))
+    wide = [t.double().unflatten(2, (heads, width)).transpose(1, 2) for t in (q, k, v)]
+    weights = (wide[0] @ wide[1].transpose(2, 3) / width**0.5).softmax(dim=3)
+    expected = (weights @ wide[2]).transpose(1, 2).flatten(2)
+    label = f"{b}x{n}x{m}x{heads}x{width} {str(dtype)[6:]}"
+    limit = {torch.float32: 1e-5}.get(dtype, 2 * LIMITS[dtype])  # torch's own rounding of the weights
+    return compare("attention", label, ops.multi_head_attention(q, k, v, heads), expected, limit)
+
+
 def pointwise(quick: bool) -> Iterator[Case]:
     """Normalisations, quantisation, window sums: the operators as the network calls them."""
     sizes = [(2, 3, 5)] if quick else [(1, 1, 2), (2, 8, 8), (2, 7, 9), (2, 32, 32), (2, 64, 64), (1, 40, 33)]
@@ -318,6 +335,8 @@ def pointwise(quick: bool) -> Iterator[Case]:
             yield attempt("map_channels", str(arguments), map_case, *arguments)
     for arguments in ((1, 1, False), (3, 70, True), (700, 33, True), (300, 90_000, True)):
         yield attempt("load_step", str(arguments), load_case, *arguments)
+    for shape, dtype in itertools.product(ATTENTIONS[: 2 if quick else 6], LIMITS.keys() - {torch.int8}):
+        yield attempt("attention", str(shape), attention_case, *shape, dtype)
     for image, _, window, stride in CONV[:2] if quick else CONV:
         yield attempt("window_sum", str(image), window_case, image, window, stride)
 

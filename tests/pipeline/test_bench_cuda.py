@@ -109,7 +109,8 @@ def test_every_mode_of_ours_runs_whole_loops(text: Context) -> None:
         exact = name not in ("int8", "cachequant")
         assert (row["distance_of_first_output"] < 1e-5) is exact and row["distance_of_first_output"] < 0.2
         assert row["graphs"] is (name not in ("fp32", "fp32-tf32", "fp16")) and row["simulated"] == {}
-    assert Recorder.made == 3 + 2 + 1 + 1  # graph, compile, int8: full; compile-cache, cachequant: full and cached
+    made = 3 + 2 + 1 + 1  # graph, compile, int8: full; compile-cache, cachequant: full and cached
+    assert Recorder.made == made + 2  # the prompt's keys of int8 and cachequant
     after = dict(text.adapter.denoiser.named_parameters())
     assert list(after) == list(before) and all(torch.equal(after[name], p) for name, p in before.items())
     assert not [m for m in text.adapter.denoiser.modules() if m._forward_pre_hooks or m._forward_hooks]

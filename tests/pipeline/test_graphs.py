@@ -164,11 +164,11 @@ def test_keys_and_values_are_computed_once_a_prompt(text_to_image):
     graphed = GraphedAdapter(structure, clock, made.tables, Recorder(), made.context)
     text = prompt(1)
     changes = (
-        (lambda: text, 4),  # every attention
+        (lambda: text, 8),  # every attention, once for the capture
         (lambda: text, 0),
         (lambda: text.mul_(0.5), 4),  # written to
         (text.clone, 4),  # the same values elsewhere: nobody knows
-        (lambda: prompt(2, tokens=3), 4),  # another shape, and back
+        (lambda: prompt(2, tokens=3), 8),  # another shape, and back
         (lambda: text, 4),
         (lambda: text, 0),
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cachequant.kernels.cuda import library
+from cachequant.kernels.cuda import library, reference
 from cachequant.kernels.cuda.build import library_path
 from cachequant.kernels.cuda.tuning import TuningTable
 from cachequant.kernels.cuda.variants import VARIANTS, Variant, variants_for
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
 
 TRITON = "triton_"
 """Prefix of a Triton kernel's name; its blocks follow."""
+
+ATTENTIONS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""Torch's implementations of attention."""
 
 
 @cache
@@ -163,6 +172,19 @@ def run_activated(
     call(name)
 
 
+def run_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """`multi_head_attention` by the fastest of torch's implementations: its own choice is not the fastest for every shape."""
+
+    def call(name: str) -> Tensor:
+        """Attention by one implementation, or by torch's own choice."""
+        with nullcontext() if name == "auto" else sdpa_kernel(ATTENTIONS[name]):
+            return reference.multi_head_attention(query, key, value, heads)
+
+    sizes = "x".join(map(str, (query.shape[0], heads, query.shape[1], key.shape[1], query.shape[2] // heads)))
+    names = ("auto", *ATTENTIONS)
+    return call(_fastest(query.device, f"attention {sizes} {str(query.dtype).removeprefix('torch.')}", names, call))
+
+
 def _blocks(name: str) -> Blocks:
     """The tile in a Triton kernel's name."""
     from cachequant.kernels.cuda.triton_product import Blocks
@@ -175,6 +197,6 @@ def _variant(name: str) -> Variant:
     return next(v for v in VARIANTS if v.name == name)
 
 
-def _fastest(device: torch.device, key: str, names: tuple[str, ...], call: Callable[[str], None]) -> str:
+def _fastest(device: torch.device, key: str, names: tuple[str, ...], call: Callable[[str], object]) -> str:
     """The kernel on file for `key`, or the one that a measurement finds; nothing is measured during a capture."""
     return table(device).best(key, names, call, not torch.cuda.is_current_stream_capturing())

@@ -16,9 +16,8 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from cachequant.kernels.cuda import reference
-from cachequant.kernels.cuda.dispatch import run_activated, run_product
+from cachequant.kernels.cuda.dispatch import run_activated, run_attention, run_product
 from cachequant.kernels.reference import Pad
-
 
 Kernel = Callable[..., Any]
 
@@ -315,6 +314,22 @@ def _(x, more, gate):  # type: ignore[no-untyped-def]
 @gated_sum.register_fake
 def _(x, more, gate):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
+
+
+@custom_op("cachequant::multi_head_attention", mutates_args=())
+def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """See `cachequant.kernels.cuda.reference.multi_head_attention`."""
+    return reference.multi_head_attention(query, key, value, heads)
+
+
+@_gpu_kernel(multi_head_attention)
+def _(query, key, value, heads):  # type: ignore[no-untyped-def]
+    return run_attention(query, key, value, heads)
+
+
+@multi_head_attention.register_fake
+def _(query, key, value, heads):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape)
 
 
 @custom_op("cachequant::window_sum", mutates_args=())

@@ -172,6 +172,12 @@ def gelu(x: Tensor, grid: Tensor, tanh: bool) -> Tensor:
     return quantize(F.gelu(x.float(), approximate="tanh" if tanh else "none"), grid)
 
 
+def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention of [B, N, C] over key and value [B, M, C] in so many heads: [B, N, C], contiguous."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))  # [B, H, ·, d]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
+
+
 def activated(
     x: Tensor,
     weight: Tensor,

@@ -17,10 +17,10 @@ from cachequant.kernels.cuda.build import folder
 CALLS, REPEATS = 10, 5
 """Calls in one captured graph, and how often it is timed; the median counts."""
 
-Measure = Callable[[Callable[[], None]], float]
+Measure = Callable[[Callable[[], object]], float]
 
 
-def measure(call: Callable[[], None]) -> float:
+def measure(call: Callable[[], object]) -> float:
     """Median milliseconds of one call, replayed from a CUDA graph: launching from Python takes longer than many kernels."""
     call()  # loads and compiles
     torch.cuda.synchronize()
@@ -90,7 +90,7 @@ class TuningTable:
             json.dump(self.chosen, scratch, indent=0, sort_keys=True)
         os.replace(scratch.name, self.path)
 
-    def best(self, key: str, names: Sequence[str], call: Callable[[str], None], may_measure: bool = True) -> str:
+    def best(self, key: str, names: Sequence[str], call: Callable[[str], object], may_measure: bool = True) -> str:
         """The kernel for `key`: the one on file if it is still offered, else the fastest of `names`.
 
         A kernel that fails, or finds no memory, is left out.

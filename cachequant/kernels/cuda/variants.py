@@ -138,8 +138,8 @@ VARIANTS: tuple[Variant, ...] = (
     _sm80("linear", (128, 128, 64), 4, torch.int8),
 )
 """All of them. A multiprocessor takes in 64 bytes a clock, so a tile is as good as its operations per byte, as long as there
-are tiles for all 132: 128×160 and 128×96 where they fill the last wave better, clusters that share the weights for large images, narrow tiles for small ones. Two sizes
-serve older cards."""
+are tiles for all 132: 128×160 for large images, 128×96 where it fills the last wave better, clusters that share the weights,
+narrow tiles for small images. Two sizes serve older cards."""
 
 
 def variants_for(capability: tuple[int, int]) -> tuple[Variant, ...]:

@@ -42,6 +42,7 @@ def cases() -> dict[str, tuple]:
         "layer_norm_int8": (tokens, torch.rand(8), torch.rand(8), tokens[:, 0].clone(), tokens[:, 1].clone(), 1e-5, GRIDS),
         "gated_layer_norm_int8": (tokens, tokens + 1, *(tokens[:, i].clone() for i in range(3)), 1e-5, GRIDS),
         "gated_sum": (tokens, tokens + 1, tokens[:, 0].clone()),
+        "multi_head_attention": (tokens, *torch.randn(2, 2, 3, 8).half(), 2),
         "window_sum": (image, [3, 3], [1, 1]),
         "map_channels": (tokens, tokens[:, 1:].clone().repeat(1, 2, 1)[:, :5], torch.rand(4, 3, 6), torch.tensor([2]), 2),
         "load_step": step_tables(),
