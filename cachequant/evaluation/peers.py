@@ -189,6 +189,8 @@ def _twin(pipe: Any) -> Any:
     if "safety_checker" in parts:
         parts["requires_safety_checker"] = False
     twin = type(kind.__name__, (kind,), {"__module__": kind.__module__})(**parts)
+    if hasattr(pipe, "labels"):  # of an argument that is no part
+        twin.labels = pipe.labels
     twin.set_progress_bar_config(disable=True)
     return twin
 

@@ -48,9 +48,9 @@ def _gpu_kernel(operator: CustomOpDef) -> Callable[[Kernel], Kernel]:
     def register(kernel: Kernel) -> Kernel:
         @operator.register_kernel("cuda")
         @functools.wraps(kernel)
-        def on_card(*operands: Any) -> Any:
-            with torch.cuda.device(operands[0].device):
-                return kernel(*operands)
+        def on_card(first: Tensor | list[Tensor], *operands: Any) -> Any:
+            with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
+                return kernel(first, *operands)
 
         return kernel
 
