@@ -110,8 +110,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
             UserError: a class id that the embedder does not have, noise of another shape.
         """
         self._guidance_scale = guidance_scale
-        context = self._context(class_labels)
-        x = self._noise(len(context) // (1 + self.do_classifier_free_guidance), generator, latents)
+        device = self._execution_device  # walks all modules
+        context = self._context(class_labels, device)
+        x = self._noise(len(context) // (1 + self.do_classifier_free_guidance), generator, latents, device)
         self.scheduler.set_timesteps(num_inference_steps)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
@@ -121,13 +122,13 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
             noise = self.unet(doubled, timestep, encoder_hidden_states=context).sample
             if self.do_classifier_free_guidance:
                 unconditional, conditional = noise.chunk(2)
-                noise = unconditional + guidance_scale * (conditional - unconditional)
+                noise = torch.lerp(unconditional, conditional, guidance_scale)
             x = self.scheduler.step(noise, timestep, x, **extra).prev_sample
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _context(self, class_labels: int | list[int] | Tensor) -> Tensor:
+    def _context(self, class_labels: int | list[int] | Tensor, device: torch.device) -> Tensor:
         """Tokens [B, 1, D], behind those of "no class" [B, 1, D] under guidance."""
         none = self.class_embedder.config.num_classes
         labels = torch.as_tensor(class_labels).reshape(-1)
@@ -136,17 +137,17 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
             raise UserError(f"class id {wrong[0]}, expected 0 to {none - 1}: choose one of this model's {none} classes")
         if self.do_classifier_free_guidance:
             labels = torch.cat([torch.full_like(labels, none), labels])
-        return self.class_embedder(labels.to(self._execution_device))
+        return self.class_embedder(labels.to(device))
 
-    def _noise(self, batch: int, generator: Any, latents: Tensor | None) -> Tensor:
-        """Starting noise [B, C, H, W] on the pipeline's device."""
+    def _noise(self, batch: int, generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
+        """Starting noise [B, C, H, W] on a device."""
         size, dtype = self.unet.config.sample_size, self.unet.dtype
         shape = (batch, self.unet.config.in_channels, size, size)
         if latents is None:
-            latents = randn_tensor(shape, generator, device=self._execution_device, dtype=dtype)
+            latents = randn_tensor(shape, generator, device=device, dtype=dtype)
         elif latents.shape[:2] != shape[:2]:
             raise UserError(f"latents are {list(latents.shape)}, expected {list(shape)}: one per class id")
-        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         """Images in [0, 1] of latents [B, C, H, W], as `output_type` says."""

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 TRITON = "triton_"
 """Prefix of a Triton kernel's name; its blocks follow."""
 
+SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+"""Compute capability -> bytes of shared memory that a program can have (CUDA C++ programming guide)."""
+
 ATTENTIONS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -86,9 +89,11 @@ def activated_candidates(
     compiled = _compiled(capability, "linear", channels, outputs, torch.int8, has_row_sum, kind)
     if not has_triton():
         return compiled
-    from cachequant.kernels.cuda.triton_feed_forward import BLOCKS
+    from cachequant.kernels.cuda.triton_feed_forward import BLOCKS, shared_bytes
 
-    return (*compiled, *(TRITON + "x".join(map(str, blocks)) for blocks in BLOCKS))
+    room = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+    tiles = [blocks for blocks in BLOCKS if shared_bytes(blocks, kind == "geglu") <= room]
+    return (*compiled, *(TRITON + "x".join(map(str, blocks)) for blocks in tiles))
 
 
 def run_product(
@@ -173,7 +178,7 @@ def run_activated(
 
 
 def run_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """`multi_head_attention` by the fastest of torch's implementations: its own choice is not the fastest for every shape."""
+    """`multi_head_attention` by the fastest of torch's implementations: its own choice is not always that."""
 
     def call(name: str) -> Tensor:
         """Attention by one implementation, or by torch's own choice."""

@@ -31,6 +31,11 @@ BLOCKS = (
 """What the autotune chooses from; a gated activation has two accumulators of this size."""
 
 
+def shared_bytes(blocks: Blocks, gated: bool) -> int:
+    """Shared memory of a tile's pipeline: its rows of the input, and of the weights once or, with gates, twice."""
+    return blocks.stages * blocks.k * (blocks.m + (2 if gated else 1) * blocks.n)
+
+
 @triton.jit(do_not_specialize=["m"])
 def _activated_kernel(
     x, weight, scale, shift, row_sum, offset, grid, out, m, n, k,

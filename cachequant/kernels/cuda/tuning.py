@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,8 @@ class TuningTable:
         reasons = []
         for name in names:
             try:
-                times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
+                with warnings.catch_warnings(action="ignore"):  # what does not fit says so in its error, too
+                    times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
             except Exception as error:  # Triton's errors share no base with torch's; the reason is kept
                 torch.cuda.empty_cache()
                 reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}")

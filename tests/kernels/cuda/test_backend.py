@@ -88,3 +88,12 @@ def test_a_kernel_with_an_activation_serves_that_one_alone(card, monkeypatch):
     assert dispatch.activated_candidates((9, 0), "geglu", 1152, 4608, True) == ()
     plain = dispatch.candidates((9, 0), "linear", 1152, 4608, torch.int8, True)
     assert plain and not set(plain) & set(activated)
+
+
+def test_tiles_that_no_card_of_the_kind_has_room_for_are_not_offered(card):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    wide, hopper, ada = "triton_128x256x128x8x3", (9, 0), (8, 9)  # 3 stages of (128 + 2·256)·128 bytes are 240 KiB
+    assert wide not in dispatch.activated_candidates(hopper, "geglu", 320, 1280, False)
+    assert wide in dispatch.activated_candidates(hopper, "gelu", 320, 1280, False)
+    few = dispatch.activated_candidates(ada, "geglu", 320, 1280, False)
+    assert few and set(few) < set(dispatch.activated_candidates(hopper, "geglu", 320, 1280, False))
