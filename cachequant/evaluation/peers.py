@@ -185,7 +185,8 @@ def _batches(seeds: Sequence[int], size: int) -> list[list[int]]:
 def _twin(pipe: Any) -> Any:
     """The pipeline, of a subclass of its own, around a copy of its denoiser: the packages wrap a class and modules."""
     kind, denoiser = type(pipe), denoiser_of(pipe)
-    parts = {name: copy.deepcopy(part) if part is denoiser else part for name, part in pipe.components.items()}
+    own = as_diffusers_own(copy.deepcopy(denoiser))
+    parts = {name: own if part is denoiser else part for name, part in pipe.components.items()}
     if "safety_checker" in parts:
         parts["requires_safety_checker"] = False
     twin = type(kind.__name__, (kind,), {"__module__": kind.__module__})(**parts)
@@ -193,6 +194,14 @@ def _twin(pipe: Any) -> Any:
         twin.labels = pipe.labels
     twin.set_progress_bar_config(disable=True)
     return twin
+
+
+def as_diffusers_own(denoiser: Any) -> Any:
+    """Name the module of diffusers' class as a denoiser's own: cache-dit leaves subclasses from elsewhere unpatched."""
+    denoiser.__module__ = next(
+        kind.__module__ for kind in type(denoiser).__mro__ if kind.__module__.startswith("diffusers.")
+    )
+    return denoiser
 
 
 @dataclass

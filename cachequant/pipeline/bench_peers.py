@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cachequant.cache.deepcache import shallow_copy
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.evaluation.peers import package_branch
+from cachequant.evaluation.peers import as_diffusers_own, package_branch
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.compiled import Compile, Whole
 from cachequant.pipeline.context import Context
@@ -88,7 +88,7 @@ def cache_dit(context: Context, interval: int, compile: Compile) -> Iterator[tup
     from cache_dit.caching.patch_functors import DiTPatchFunctor
 
     adapter: Any = context.adapter
-    twin: Any = shallow_copy(adapter.denoiser)
+    twin: Any = as_diffusers_own(shallow_copy(adapter.denoiser))
     schedule, blocks, (first, last) = (
         uniform_schedule(context.num_steps, interval),
         twin.transformer_blocks,

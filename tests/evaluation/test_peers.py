@@ -31,7 +31,10 @@ from cachequant.evaluation.peers import (
     step_masks,
 )
 from cachequant.models.loading import load_pipeline
+from cachequant.models.networks import OriginalDiT
+from cachequant.pipeline import bench_peers
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 
@@ -166,7 +169,7 @@ def cache_dit() -> Any:
 def test_dbcache_with_our_span_and_mask_is_our_reuse(cache_dit: Any, tmp_path: Path) -> None:
     at = context("fashion_dit", "method=naive", "quant.enabled=false")
     budget = Budget(at.num_steps, 2, at.config.cache)
-    same = [c for c in masked_choices("dbcache", at.generator().pipe, budget) if c.options["Fn_compute_blocks"] == 3]
+    same = [c for c in masked_choices("dbcache", at.generator().pipe, budget) if c.options["Fn_compute_blocks"] == 6]
     drawn = draw_peer(same[0], at.generator(), [5, 6], 2)
     assert drawn.full_step_share == 2 / 8
     torch.testing.assert_close(drawn.images, naive(at, tmp_path), rtol=0, atol=1e-5)
@@ -174,6 +177,20 @@ def test_dbcache_with_our_span_and_mask_is_our_reuse(cache_dit: Any, tmp_path: P
     full = draw(at, None, [5, 6], "full").images
     torch.testing.assert_close(draw_peer(every, at.generator(), [5, 6], 2).images, full, rtol=0, atol=1e-6)
     assert draw(at, None, [5, 6], "full").images.equal(full)
+
+
+@torch.no_grad()
+def test_a_subclass_of_diffusers_transformer_runs_in_the_bench(cache_dit: Any) -> None:
+    """The package patches what diffusers itself defines; the first step of a run is a full one."""
+    at = context("fashion_dit", "cache.span=[3,8]")
+    transformer = at.adapter.denoiser
+    transformer.__class__ = OriginalDiT
+    call = first_call(at)
+    full, _ = at.adapter.full(call.x, call.timestep, **call.kwargs)
+    with bench_peers.cache_dit(at, 4, lambda function: function) as (step, cache):
+        assert cache.step == 0
+        torch.testing.assert_close(step(call)[:, : full.shape[1]], full, rtol=0, atol=1e-5)
+    assert "forward" not in vars(transformer) and type(transformer).__module__ == OriginalDiT.__module__
 
 
 @pytest.mark.slow
