@@ -198,9 +198,8 @@ def _twin(pipe: Any) -> Any:
 
 def as_diffusers_own(denoiser: Any) -> Any:
     """Name the module of diffusers' class as a denoiser's own: cache-dit leaves subclasses from elsewhere unpatched."""
-    denoiser.__module__ = next(
-        kind.__module__ for kind in type(denoiser).__mro__ if kind.__module__.startswith("diffusers.")
-    )
+    places = [kind.__module__ for kind in type(denoiser).__mro__]
+    denoiser.__module__ = next((place for place in places if place.startswith("diffusers.")), places[0])
     return denoiser
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,6 +140,13 @@ def denoiser_of(pipe: Any) -> nn.Module:
 def device_of(denoiser: nn.Module) -> torch.device:
     """Where a denoiser's parameters are; those that a plan keeps instead of the network are nowhere and do not count."""
     return next((p.device for p in denoiser.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+@contextmanager
+def on_card(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current one, on which events are recorded and graphs captured; nothing on other devices."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def adapter(pipe: Any, branch: int | None = None, span: Sequence[int] | None = None) -> Adapter:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cachequant import __version__
 from cachequant.errors import UserError
-from cachequant.models.adapter import device_of
+from cachequant.models.adapter import device_of, on_card
 from cachequant.models.cost import float_bytes
 from cachequant.pipeline.bench_modes import MODES, Mode, Running, Setup
 from cachequant.pipeline.context import Context
@@ -123,7 +123,7 @@ def run_bench_cuda(
     result: dict[str, Any] = {"rows": [], **_facts(timer)}
     reference: Tensor | None = None
     try:
-        with _host_timesteps(context):
+        with on_card(device_of(context.adapter.denoiser)), _host_timesteps(context):
             for name in modes:
                 row, output = _row(name, setup, timer)
                 reference = output if reference is None else reference

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
-from cachequant.models.adapter import Adapter, adapter
+from cachequant.models.adapter import Adapter, adapter, device_of, on_card
 from cachequant.models.loading import Generator, identify
 from cachequant.models.prompts import read_prompts, refuse_shared_prompts
 from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
@@ -164,7 +164,7 @@ class Context:
                         self.pipe, self.adapter, cache, counted, self.timesteps, leave=not decode, sampler=sampler
                     )
                     images = None
-                    with hook, suppress(RunFinished):
+                    with on_card(device_of(self.adapter.denoiser)), hook, suppress(RunFinished):
                         images = generator(batch)
                     if images is not None:
                         yield images

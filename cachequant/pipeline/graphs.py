@@ -33,6 +33,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None  # torch's own capture stream stays on the card that was captured on first
 
     def __call__(self, body: Body) -> Replay:
         """Run `body` a few times, capture it, and return what replays it; its results stay at the same addresses."""
@@ -40,14 +41,14 @@ class CudaRecorder:
             return self._record(body)
 
     def _record(self, body: Body) -> Replay:
-        side = torch.cuda.Stream()
+        self._stream = side = self._stream or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 body()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             made = body()
         self._pool = graph.pool()
 
@@ -135,7 +136,7 @@ class GraphedAdapter:
         adapter: of the network.
         cache: tells the step.
         tables: of the deployed layers, or None for a network without.
-        record: makes a replay of a function; `CudaRecorder()` on a GPU.
+        record: makes a replay of a function; a `CudaRecorder` on a GPU.
         context: keys and values of cross-attention that are computed outside the graphs, once a prompt.
     """
 

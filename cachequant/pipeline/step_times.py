@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cachequant.budget import Allowance
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.models.adapter import device_of
+from cachequant.models.adapter import device_of, on_card
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.graphed_step import deployed_step
@@ -92,9 +92,10 @@ def _time_run(context: Context, plan: Plan) -> tuple[float, list[int], Kinds]:
         clock = _Clock(deployed_step(adapter, cache, plan.correction, handle), cache, cuda)
         settings = context.config.sample
         seeds = list(range(settings.seed, settings.seed + settings.batch_size))
-        start = clock.now()
-        context.trajectories(clock, cache, seeds, "1 step times", len(seeds))
-        return clock.now() - start - clock.warming, *clock.found()
+        with on_card(device_of(adapter.denoiser)):
+            start = clock.now()
+            context.trajectories(clock, cache, seeds, "1 step times", len(seeds))
+            return clock.now() - start - clock.warming, *clock.found()
     finally:
         if handle is not None:
             handle.remove()

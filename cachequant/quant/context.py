@@ -60,6 +60,9 @@ class ContextOperands:
         Args:
             context: the prompt's embedding, or a class's.
             record: makes a replay of a function, whose results stay where they are; used once for every kind of context.
+
+        Raises:
+            RuntimeError: of the products; nothing counts as computed then.
         """
         counted = not context.is_inference()
         if counted and self._seen is not None and context is self._seen[0] and context._version == self._seen[1]:
@@ -79,7 +82,12 @@ class ContextOperands:
         with torch.inference_mode(False):
             fixed = torch.empty_like(context)
         fixed.copy_(context)
-        return fixed, record(lambda: tuple(t for module in self.attentions for t in self.project(module, fixed)))
+
+        def fill() -> tuple[Tensor, ...]:
+            """Keys and values of all modules; those of a joint product are parts of its rows, which kernels would copy."""
+            return tuple(t.contiguous() for module in self.attentions for t in self.project(module, fixed))
+
+        return fixed, record(fill)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

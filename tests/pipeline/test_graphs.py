@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import adapter
-from cachequant.pipeline.graphs import GraphedAdapter
+from cachequant.pipeline.graphs import WARM_UP, CudaRecorder, GraphedAdapter
 from cachequant.quant.convert import LayerPlan, fresh_state, install
 from cachequant.quant.deploy import deploy_on_device
 from cachequant.quant.layers import Mode
@@ -186,3 +186,47 @@ def test_a_layer_whose_grids_or_corrections_change_is_not_held(text_to_image):
     layers = [m for m in structure.denoiser.modules() if hasattr(m, "to_k") and m.is_cross_attention]
     assert all(m.to_k.constant and m.to_v.constant for m in layers)
     assert not structure.denoiser.down_blocks[0].resnets[0].conv1.constant  # its input grew from step to step
+
+
+def test_a_recorder_warms_up_and_captures_on_its_own_stream_of_its_own_card(monkeypatch):
+    """torch's own capture stream belongs to the card that was captured on first, whichever is current."""
+    seen = []
+
+    class Managed:
+        def __init__(self, *what, **more):
+            self.what = what, more
+
+        def __enter__(self):
+            seen.append(("in", *self.what))
+
+        def __exit__(self, *_):
+            seen.append(("out", *self.what))
+
+    class Stream:
+        def wait_stream(self, other):
+            seen.append(("wait", other))
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            seen.append("replay")
+
+    streams = []
+    monkeypatch.setattr(torch.cuda, "device", Managed)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.append(Stream()) or streams[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", Managed)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Managed)
+    record, results = CudaRecorder(torch.device("cuda:1")), (torch.ones(1),)
+    for pool in (None, "pool"):
+        seen.clear()
+        replay = record(lambda: seen.append("body") or results)
+        assert seen[0] == ("in", (torch.device("cuda:1"),), {}) and seen[-1][0] == "out"
+        (captured,) = [event for event in seen if event[0] == "in" and len(event[1]) and isinstance(event[1][0], Graph)]
+        assert captured[2] == {"pool": pool, "stream": streams[0]}
+        assert seen.count("body") == WARM_UP + 1 and seen.index(captured) > seen.index("body")
+        assert replay() is results and seen[-1] == "replay"
+    assert len(streams) == 1

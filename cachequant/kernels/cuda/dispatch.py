@@ -26,7 +26,7 @@ TRITON = "triton_"
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 """Compute capability -> bytes of shared memory that a program can have (CUDA C++ programming guide)."""
 
-ATTENTIONS = {
+ATTENTION_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -85,7 +85,14 @@ def _compiled(
 def activated_candidates(
     capability: tuple[int, int], kind: str, channels: int, outputs: int, has_row_sum: bool
 ) -> tuple[str, ...]:
-    """Names of the kernels that run a linear layer with the activation `kind` behind it, compiled ones first."""
+    """Names of the kernels that run a linear layer with an activation behind it, compiled ones first.
+
+    Args:
+        capability: of the card.
+        kind: "geglu", "gelu" or "gelu_tanh".
+        channels, outputs: of the layer; for "geglu" twice as many outputs as the result has.
+        has_row_sum: whether its weights are asymmetric.
+    """
     compiled = _compiled(capability, "linear", channels, outputs, torch.int8, has_row_sum, kind)
     if not has_triton():
         return compiled
@@ -133,10 +140,7 @@ def run_product(
 
     if name is None:
         names = candidates(capability, operation, x.shape[-1], weight.shape[0], out.dtype, row_sum is not None)
-        if not names:
-            raise RuntimeError(
-                f"no kernel for {operation} of {x.shape[-1]} channels: build the kernels or install Triton"
-            )
+        _refuse_none(names, operation, x)
         fused = "".join(letter for letter, t in zip("bca", (shift, source, offset), strict=True) if t is not None)
         sizes = "x".join(map(str, (*x.shape, *weight.shape, *stride)))
         name = _fastest(x.device, f"{operation} {sizes} {fused} {str(out.dtype).removeprefix('torch.')}", names, call)
@@ -155,7 +159,11 @@ def run_activated(
     out: Tensor,
     name: str | None = None,
 ) -> None:
-    """`int8_linear_activated` into `out`, by the kernel `name` or the fastest one."""
+    """`int8_linear_activated` into `out`, by the kernel `name` or the fastest one.
+
+    Raises:
+        RuntimeError: no kernel runs it.
+    """
     operands = (scale, shift, None, 0.0, row_sum, offset)
 
     def call(kernel: str) -> None:
@@ -171,6 +179,7 @@ def run_activated(
     if name is None:
         capability = torch.cuda.get_device_capability(x.device)
         names = activated_candidates(capability, kind, x.shape[-1], weight.shape[0], row_sum is not None)
+        _refuse_none(names, kind, x)
         sizes = "x".join(map(str, (*x.shape, *weight.shape)))
         fused = "".join(letter for letter, t in zip("ba", (shift, offset), strict=True) if t is not None)
         name = _fastest(x.device, f"{kind} {sizes} {fused}", names, call)
@@ -178,16 +187,31 @@ def run_activated(
 
 
 def run_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """`multi_head_attention` by the fastest of torch's implementations: its own choice is not always that."""
+    """`multi_head_attention` by the fastest of torch's implementations: its own choice is not always that.
+
+    Args:
+        query: [B, N, C].
+        key, value: [B, M, C].
+        heads: of C / heads channels each.
+
+    Returns:
+        [B, N, C], contiguous.
+    """
 
     def call(name: str) -> Tensor:
         """Attention by one implementation, or by torch's own choice."""
-        with nullcontext() if name == "auto" else sdpa_kernel(ATTENTIONS[name]):
+        with nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name]):
             return reference.multi_head_attention(query, key, value, heads)
 
     sizes = "x".join(map(str, (query.shape[0], heads, query.shape[1], key.shape[1], query.shape[2] // heads)))
-    names = ("auto", *ATTENTIONS)
-    return call(_fastest(query.device, f"attention {sizes} {str(query.dtype).removeprefix('torch.')}", names, call))
+    layout = "".join("c" if t.is_contiguous() else "s" for t in (query, key, value))
+    known = f"attention {sizes} {layout} {str(query.dtype).removeprefix('torch.')} {torch.__version__}"
+    return call(_fastest(query.device, known, ("auto", *ATTENTION_BACKENDS), call))
+
+
+def _refuse_none(names: tuple[str, ...], what: str, x: Tensor) -> None:
+    if not names:
+        raise RuntimeError(f"no kernel for {what} of {x.shape[-1]} channels: build the kernels or install Triton")
 
 
 def _blocks(name: str) -> Blocks:
