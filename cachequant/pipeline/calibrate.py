@@ -21,7 +21,7 @@ from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.inputs import KeptInputs, StepInput
 from cachequant.pipeline.spread import Spread, denoised_factors
 from cachequant.pipeline.step import accelerated_step
-from cachequant.schedule import best_schedule, group_costs, num_groups, power_schedule, uniform_schedule
+from cachequant.schedule import best_schedule, group_costs, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
 
 
@@ -187,7 +187,7 @@ def choose_schedule(context: Context, calibration: Calibration, allowance: Allow
     """
     config, num_steps = context.config, context.num_steps
     interval = config.cache.interval
-    groups = config.cache.refreshes or num_groups(config.sampler.steps, interval)
+    groups = context.refreshes
     if config.schedule.kind == "power":
         return power_schedule(num_steps, interval, config.schedule.center, config.schedule.power, groups)
     coherent = COSTS[calibration.cost].coherent

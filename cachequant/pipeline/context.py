@@ -19,6 +19,7 @@ from cachequant.models.prompts import read_prompts, refuse_shared_prompts
 from cachequant.pipeline.hook import Call, DenoiserHook, RunFinished, StepFunction, refuse_taken
 from cachequant.pipeline.linear_sampler import LinearSampler
 from cachequant.plan import ModelIdentity
+from cachequant.schedule import num_groups
 
 FRESH, HELD_OUT, ROUNDING, JUDGING = 1_000_000, 2_000_000, 3_000_000, 4_000_000
 """Offsets of the seeds of stage 2's fresh trajectories, the schedule's held-out noise, the rounding's trajectories and the
@@ -69,6 +70,17 @@ class Context:
     def num_steps(self) -> int:
         """T, the evaluations of one run."""
         return len(self.timesteps)
+
+    @property
+    def refreshes(self) -> int:
+        """K, the full steps of one run: `cache.refreshes`, or ceil(steps / N), as the released scripts count them.
+
+        A sampler may evaluate more often than it has steps (PLMS once more). With N = 1 nothing is cached all the same.
+        """
+        cache = self.config.cache
+        if cache.refreshes is not None:
+            return cache.refreshes
+        return self.num_steps if cache.interval == 1 else num_groups(self.config.sampler.steps, cache.interval)
 
     def generator(self, sampling: bool = False) -> Generator:
         """Calls the pipeline by seeds, on the calibration's prompts or, `sampling`, on the sampler's.

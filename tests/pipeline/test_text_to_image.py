@@ -98,6 +98,16 @@ def test_plan_fits_guidance_and_the_extra_evaluation_of_plms(
     assert torch.equal(draw(pipe), reference)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "dps"])
+def test_with_an_interval_of_one_nothing_is_cached(
+    stable_diffusion: Any, config: Callable[..., RunConfig], tmp_path: Path, kind: str
+) -> None:
+    """PLMS's extra evaluation is in full too, though the interval gives eight groups."""
+    settings = ("method=paper", "cache.interval=1", f"schedule.kind={kind}")
+    stages = Stages.at(Context.of(stable_diffusion, config(*settings)), tmp_path / "run", quiet=True)
+    assert stages.schedule()[0].refresh_steps == tuple(range(9))
+
+
 def test_the_same_conditioning_is_saved_once(
     stable_diffusion: Any, config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

@@ -34,7 +34,6 @@ from cachequant.schedule import (
     DistanceBand,
     best_schedule,
     group_costs,
-    num_groups,
     schedule_cost,
     uniform_schedule,
 )
@@ -151,10 +150,9 @@ def collect(context: Context, seeds: list[int], formats: dict[str, Format]) -> C
 
 def regret(context: Context, band: Tensor, reference: Tensor) -> float:
     """Relative excess of the best schedule of a band over the optimum, both under the reference band."""
-    config = context.config
-    groups = config.cache.refreshes or num_groups(config.sampler.steps, config.cache.interval)
+    interval, groups = context.config.cache.interval, context.refreshes
     costs = group_costs(reference)
-    chosen, best = (best_schedule(each, config.cache.interval, None, groups) for each in (band, reference))
+    chosen, best = (best_schedule(each, interval, None, groups) for each in (band, reference))
     return schedule_cost(costs, chosen) / schedule_cost(costs, best) - 1.0 if schedule_cost(costs, best) else 0.0
 
 

@@ -32,7 +32,6 @@ from cachequant.pipeline.studies.subject import StudySubject
 from cachequant.schedule import (
     best_schedule,
     group_costs,
-    num_groups,
     power_schedule,
     random_schedule,
     schedule_cost,
@@ -89,7 +88,7 @@ def study(subject: StudySubject, count: int) -> Findings:
 def candidates(context: Context, tables: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Schedule]:
     """Uniform, power at three places, the optimum of each cost, and `RANDOM` feasible ones."""
     steps, interval, power = context.num_steps, context.config.cache.interval, context.config.schedule.power
-    groups = context.config.cache.refreshes or num_groups(context.config.sampler.steps, interval)
+    groups = context.refreshes
     found = {"uniform": uniform_schedule(steps, interval, groups)}
     found |= {f"power, {w}": power_schedule(steps, interval, share * steps, power, groups) for w, share in POWERS}
     for name, (band, weights) in tables.items():
