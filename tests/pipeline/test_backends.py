@@ -34,19 +34,19 @@ def drawn(pipe: Any, config: RunConfig) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "method", "least"),
     [
-        ("fashion", "best", 30.0),
-        ("fashion", "paper", 30.0),
-        ("fashion", "naive", 30.0),
-        ("fashion_ldm", "best", 30.0),
-        ("fashion_dit", "best", 30.0),
-        ("drawings_sd", "best", 15.0),  # guidance 5 blows every rounding up
+        ("fashion", "best", 33.0),
+        ("fashion", "paper", 33.0),
+        ("fashion", "naive", 33.0),
+        ("fashion_ldm", "best", 33.0),
+        ("fashion_dit", "best", 33.0),
+        ("drawings_sd", "best", 18.0),  # guidance 5 blows every rounding up
     ],
 )
 def test_a_whole_run_on_a_miniature_is_the_simulated_one_within_its_own_error(
     tmp_path: Path, name: str, method: str, least: float
 ) -> None:
     """Integer and simulated images are nearer to each other, by 3 dB, than the simulated ones are to full precision."""
-    small = ["sampler.steps=20", "cache.interval=5", "calibration.samples=4", "calibration.batch_size=4"]
+    small = ["sampler.steps=10", "cache.interval=5", "calibration.samples=4", "calibration.batch_size=4"]
     rows = ["calibration.refresh_inputs=4", "calibration.cached_inputs=4", "sample.count=4", "sample.batch_size=4"]
     path = repository_folder() / "configs" / f"{name}.yaml"
     config = load_config(path, [*small, *rows, f"method={method}"])
