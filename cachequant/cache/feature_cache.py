@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,15 @@ class FeatureCache:
         """Forget everything; the next denoiser call is evaluation `first_step`."""
         self.step, self.context = first_step, 0
         self.clear()
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Inside, the counter stands at a step; afterwards it is where it was."""
+        kept, self.step = self.step, step
+        try:
+            yield
+        finally:
+            self.step = kept
 
     def clear(self) -> None:
         """Let go of the features of every context."""

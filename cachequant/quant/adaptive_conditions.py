@@ -153,13 +153,10 @@ class TabledEmbedding:
 @torch.no_grad()
 def _embeddings(blocks: Sequence[Any], clock: FeatureCache, tables: StepTables, step: int, timestep: int) -> Tensor:
     """Every block's embedding of one step's timestep: [L, C]."""
-    kept, clock.step = clock.step, step
-    try:
-        dtype = blocks[0].norm1.emb.class_embedder.embedding_table.weight.dtype
-        given = blocks[0].norm1.emb.time_proj(torch.tensor([timestep], device=tables.device)).to(dtype)  # [1, F]
+    dtype = blocks[0].norm1.emb.class_embedder.embedding_table.weight.dtype
+    given = blocks[0].norm1.emb.time_proj(torch.tensor([timestep], device=tables.device)).to(dtype)  # [1, F]
+    with clock.at(step):
         return torch.cat([block.norm1.emb.timestep_embedder(given) for block in blocks])
-    finally:
-        clock.step = kept
 
 
 def share_adaptive_conditions(

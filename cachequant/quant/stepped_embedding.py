@@ -89,16 +89,13 @@ def _projections(
     network: Any, resnets: Sequence[Any], clock: FeatureCache, tables: StepTables, step: int, timestep: int
 ) -> list[Tensor]:
     """The projections [C] of every resnet at one step."""
-    kept, clock.step = clock.step, step
-    try:
-        dtype = next(p.dtype for p in network.parameters() if p.is_floating_point() and not p.is_meta)
-        given = network.time_proj(torch.tensor([timestep], device=tables.device)).to(dtype)  # [1, F]
+    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point() and not p.is_meta)
+    given = network.time_proj(torch.tensor([timestep], device=tables.device)).to(dtype)  # [1, F]
+    with clock.at(step):
         temb = network.time_embedding(given)  # [1, E]
         return [
             resnet.time_emb_proj(temb if resnet.skip_time_act else resnet.nonlinearity(temb))[0] for resnet in resnets
         ]
-    finally:
-        clock.step = kept
 
 
 class _Column(nn.Module):
