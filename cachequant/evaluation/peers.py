@@ -3,8 +3,8 @@
 DeepCache (Ma et al., CVPR 2024; package DeepCache) on U-Nets; DBCache and TaylorSeer (package cache-dit) on transformers.
 Each gets as many full steps as we do (DeepCache up to one more under PLMS, whose repeated timestep it counts once) and
 runs as much of the network as we do on the others; what else it can choose is tried on calibration noise, and the setting
-whose images come closest to the full model's is taken. All in full precision:
-the packages do not quantise these models together with their caches.
+whose images come closest to the full model's is taken. All in full precision: the packages do not quantise these models
+together with their caches.
 """
 
 from __future__ import annotations

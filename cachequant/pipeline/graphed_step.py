@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.kernels.cuda import ops
+from cachequant.kernels.cuda import step_ops
 from cachequant.models.adapter import Adapter
 from cachequant.pipeline.graphs import Body, CudaRecorder, GraphedAdapter, Replay, capturable
 from cachequant.pipeline.hook import Call, StepFunction
@@ -169,4 +169,4 @@ class MapTable:
         """
         if self._reads and other is None:
             raise ValueError("these maps read two tensors, but the second is None")
-        return ops.map_channels(x, other if self._reads else None, self._rows, step, channel_dim)
+        return step_ops.map_channels(x, other if self._reads else None, self._rows, step, channel_dim)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,29 @@ from cachequant.quant.device_layers import DeviceLayer
 from cachequant.quant.once_a_forward import OnceAForward
 from cachequant.quant.step_tables import StepTables
 
-Product = Callable[[Tensor], Tensor]
-"""One linear layer of every block: [L, B, I] -> [L, B, O]."""
 
-Embedding = Callable[[Tensor, torch.dtype], Tensor]
-"""Timesteps [B] -> the embedding of every block, [L, B, C], or [L, 1, C] where all have the same timestep."""
+class Product(Protocol):
+    """One linear layer of every block."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[L, B, I] -> [L, B, O]."""
+        ...
+
+    def release(self) -> None:
+        """Give back what was taken of the layers."""
+        ...
+
+
+class Embedding(Protocol):
+    """What every block makes of the timestep."""
+
+    def __call__(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timesteps [B] -> [L, B, C], or [L, 1, C] where all have the same timestep."""
+        ...
+
+    def release(self) -> None:
+        """Give back what was taken of the embedders."""
+        ...
 
 
 class AdaptiveConditions:
@@ -56,7 +74,7 @@ class AdaptiveConditions:
         deployed = isinstance(layers[0], DeviceLayer)
         product = DeployedProducts(layers, tables) if deployed else PlainProduct(layers)
         tabled = None if timesteps is None else TabledEmbedding(blocks, clock, tables, timesteps)
-        return AdaptiveConditions(blocks, tabled or ComputedEmbedding(blocks), product)
+        return AdaptiveConditions(blocks, ComputedEmbedding(blocks) if tabled is None else tabled, product)
 
     def of(self, block: Any, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """shift, scale, gate of the attention, then of the feed-forward layer: [6, B, C].
@@ -75,9 +93,8 @@ class AdaptiveConditions:
 
     def release(self) -> None:
         """Give every layer memory of its own again."""
-        for part in (self.embedding, self.product):
-            if hasattr(part, "release"):
-                part.release()
+        self.embedding.release()
+        self.product.release()
         _separate(self._tables)
 
 
@@ -111,6 +128,9 @@ class DeployedProducts:
         grids = self._tables.grids[self._places]  # [L, 4]
         integers = quantize(x, grids.T[:, :, None, None])  # [L, B, I]
         return torch.stack([layer.output([q], x.dtype) for layer, q in zip(self._layers, integers, strict=True)])
+
+    def release(self) -> None:
+        """The layers' own integers are read: nothing was taken."""
 
 
 class ComputedEmbedding:
@@ -148,6 +168,9 @@ class TabledEmbedding:
         self._tables.ensure(self._clock.step)
         return self._row.to(dtype).view(self._count, 1, -1)
 
+    def release(self) -> None:
+        """The embedders were only run: nothing was taken."""
+
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -176,7 +199,7 @@ def share_adaptive_conditions(
     groups: dict[tuple[bool, type], list[Any]] = {}
     for name, module in network.named_modules():
         block: Any = module
-        if _joins(block, timesteps is not None):
+        if type(module).__name__.endswith("BasicTransformerBlock") and _joins(block, timesteps is not None):
             groups.setdefault((name in shallow, type(block.norm1.linear)), []).append(block)
     made = []
     for blocks in groups.values():
@@ -193,7 +216,7 @@ def _joins(block: Any, tabled: bool) -> bool:
     A deployed layer carries the joint conditions.
     """
     embeddings = getattr(getattr(block, "norm1", None), "emb", None)
-    if embeddings is None or getattr(block, "norm_type", "") != "ada_norm_zero":
+    if getattr(block, "norm_type", "") != "ada_norm_zero" or embeddings is None:
         return False
     embedder = embeddings.timestep_embedder
     return (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachequant.kernels.cuda import ops
+from cachequant.kernels.cuda import step_ops
 from cachequant.quant.observer import StepQuantizer
 from cachequant.types import ActivationTable, AffineMap
 
@@ -153,7 +153,7 @@ class StepTables:
 
         scale = s·s_w·a₂,  shift = bias + b₂ - scale·zero·(Σ w + o·n),  offset = scale·o.
         """
-        ops.load_step(
+        step_ops.load_step(
             self.step,
             self._grids,
             self._inputs,

@@ -11,15 +11,15 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kernel_cases import LIMITS, Case, attempt, compare, grid, integers, poison
 from torch import Tensor
 
-from cachequant.kernels.cuda import dispatch, ops, reference
+from cachequant.kernels.cuda import dispatch, ops, reference, step_ops
 from cachequant.kernels.cuda.triton_feed_forward import BLOCKS as FEED_FORWARD_BLOCKS
 from cachequant.kernels.cuda.triton_product import BLOCKS
 
@@ -48,38 +48,6 @@ CONV = [
 
 
 PARTS = ((), ("shift",), ("shift", "source"), ("shift", "source", "sums"))
-
-
-@dataclass
-class Case:
-    """One comparison: `error` is ‖out - ref‖ / ‖ref‖, or the share of integers that are off by one."""
-
-    kernel: str
-    case: str
-    error: float
-    limit: float
-    ok: bool
-
-
-def integers(*shape: int, low: int = -128, high: int = 128) -> Tensor:
-    return torch.randint(low, high, shape, dtype=torch.int8, device="cuda")
-
-
-def poison(out: Tensor) -> Tensor:
-    return out.fill_(-77) if out.dtype is torch.int8 else out.fill_(float("nan"))
-
-
-def compare(kernel: str, case: str, found: Tensor, expected: Tensor, limit: float) -> Case:
-    """Floating point by relative norm; integers may be off by one where rounding before them differs, rarely."""
-    if found.dtype is torch.int8:
-        gap = (found.int() - expected.int()).abs()
-        share = float((gap > 0).float().mean())
-        return Case(kernel, case, share, limit, bool(gap.max() <= 1) and share <= limit)
-    wrong = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
-    return Case(kernel, case, float(wrong), limit, bool(wrong <= limit))  # NaN never passes
-
-
-LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.int8: 0.01}
 
 
 def product_case(
@@ -157,20 +125,6 @@ def products(quick: bool, triton: bool) -> Iterator[Case]:
                 yield attempt(name, f"exact {list(x.shape)}", exact_case, name, x, w, stride, dtype)
 
 
-def attempt(kernel: str, case: str, check: Callable[..., Case], *arguments: Any) -> Case:
-    """A kernel that raises fails its case; the others go on."""
-    try:
-        made = check(*arguments)
-        torch.cuda.synchronize()
-        return made
-    except Exception as error:  # Triton's errors share no base with torch's
-        return Case(kernel, f"{case}: {type(error).__name__} {str(error)[:150]}", float("inf"), 0.0, False)
-
-
-def grid(zero: float, step: float = 0.03) -> Tensor:
-    return torch.tensor([1 / step, zero, -128.0, 127.0], device="cuda")
-
-
 def group_norm_case(
     size: tuple[int, int, int], widths: tuple[int, ...], pad: list[int], shifted: bool, dtype: torch.dtype
 ) -> Case:
@@ -210,12 +164,12 @@ def feed_forward_case(m: int, n: int, k: int, kind: str, sums: bool, tile: str) 
 
 
 def feed_forwards(quick: bool) -> Iterator[Case]:
-    """Compiled kernels on all of these shapes, Triton's tiles on the first, the first of them on all."""
-    shapes = [(7, 32, 48), (4096, 1280, 320), (513, 640, 640), (64, 5120, 1280), (1, 16, 16)][: 1 if quick else 5]
-    for i, (m, n, k) in enumerate(shapes):
+    """Compiled kernels on all of these shapes that they support, Triton's tiles on the first three, its first one on all."""
+    shapes = [(7, 24, 48), (7, 32, 48), (4096, 1280, 320), (513, 640, 640), (64, 5120, 1280), (1, 16, 16)]
+    for i, (m, n, k) in enumerate(shapes[: 2 if quick else 6]):
         for kind, sums in itertools.product(("geglu", "gelu", "gelu_tanh"), (False, True)):
             for tile in dispatch.activated_candidates(torch.cuda.get_device_capability(), kind, k, n, sums):
-                if not tile.startswith(dispatch.TRITON) or tile == FIRST_FEED_FORWARD or (kind == "geglu" and i < 2):
+                if not tile.startswith(dispatch.TRITON) or tile == FIRST_FEED_FORWARD or (kind == "geglu" and i < 3):
                     yield attempt(f"{kind} {tile}", f"{m}x{n}x{k}", feed_forward_case, m, n, k, kind, sums, tile)
 
 
@@ -253,7 +207,7 @@ def map_case(size: tuple[int, ...], layout: torch.memory_format, mapped: int, dt
     other = torch.randn(*size, device="cuda").to(dtype)
     maps, step = torch.randn(5, 3, mapped, device="cuda"), torch.tensor([3], device="cuda")
     exact = reference.map_channels(x.double(), other.double(), maps.double(), step, 1)
-    found = ops.map_channels(x, other, maps, step, 1)
+    found = step_ops.map_channels(x, other, maps, step, 1)
     return compare("map_channels", f"{list(size)} {mapped} {str(dtype)[6:]}", found, exact, LIMITS[dtype])
 
 
@@ -270,7 +224,7 @@ def load_case(grids: int, width: int, mapped: bool) -> Case:
         [torch.full((grids, 4), torch.nan, device="cuda"), *torch.full((3, width), torch.nan, device="cuda")]
         for _ in range(2)
     )
-    ops.load_step(step, *tables, columns, maps, *found)
+    step_ops.load_step(step, *tables, columns, maps, *found)
     reference.load_step(step, *tables, columns, maps, *expected)
     cases = [
         compare("load_step", f"{grids} {width} {mapped}", *pair, 1e-5) for pair in zip(found, expected, strict=True)

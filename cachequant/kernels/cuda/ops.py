@@ -1,25 +1,20 @@
 """The GPU operators under one name each, `torch.ops.cachequant.*`: torch.compile, export and CUDA graphs see them.
 
 On the CPU they are the functions of `cachequant.kernels.cuda.reference`. On a GPU, products and convolutions run the fastest
-of the compiled and the Triton kernels for their shape, everything else runs in Triton.
+of the compiled and the Triton kernels for their shape, everything else runs in Triton. What changes from step to step is in
+`cachequant.kernels.cuda.step_ops`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from cachequant.kernels.cuda import reference
 from cachequant.kernels.cuda.dispatch import run_activated, run_attention, run_product
+from cachequant.kernels.cuda.registration import contiguous, gpu_kernel
 from cachequant.kernels.reference import Pad
-
-Kernel = Callable[..., Any]
 
 
 def _pad(values: list[int]) -> Pad:
@@ -30,31 +25,6 @@ def _pad(values: list[int]) -> Pad:
 def _pair(values: list[int]) -> tuple[int, int]:
     first, second = values
     return first, second
-
-
-def _contiguous(*tensors: Tensor | None) -> None:
-    """Raise unless everything that is there is contiguous: a kernel would read the wrong values."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"a tensor of shape {list(tensor.shape)} is not contiguous, expected contiguous operands")
-
-
-def _gpu_kernel(operator: CustomOpDef) -> Callable[[Kernel], Kernel]:
-    """Register an operator's kernel for GPUs; it runs with the card of its first operand as the current one.
-
-    Triton launches, and CUDA allocates streams and events, on the current card, whichever holds the operands.
-    """
-
-    def register(kernel: Kernel) -> Kernel:
-        @operator.register_kernel("cuda")
-        @functools.wraps(kernel)
-        def on_card(first: Tensor | list[Tensor], *operands: Any) -> Any:
-            with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
-                return kernel(first, *operands)
-
-        return kernel
-
-    return register
 
 
 @custom_op("cachequant::int8_linear", mutates_args=())
@@ -83,9 +53,9 @@ def int8_linear(
     return reference.epilogue(total, scale, shift, source, beta, row_sum, offset, dtype)
 
 
-@_gpu_kernel(int8_linear)
+@gpu_kernel(int8_linear)
 def _(x, weight, scale, shift, source, beta, row_sum, offset, dtype):  # type: ignore[no-untyped-def]
-    _contiguous(x, weight, scale, shift, source, row_sum, offset)
+    contiguous(x, weight, scale, shift, source, row_sum, offset)
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     run_product(x, weight, (1, 1), scale, shift, source, beta, row_sum, offset, out)
     return out
@@ -115,9 +85,9 @@ def _hidden(x: Tensor, weight: Tensor, kind: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if kind == "geglu" else 1))
 
 
-@_gpu_kernel(int8_linear_activated)
+@gpu_kernel(int8_linear_activated)
 def _(x, weight, scale, shift, row_sum, offset, grid, kind):  # type: ignore[no-untyped-def]
-    _contiguous(x, weight, scale, shift, row_sum, offset, grid)
+    contiguous(x, weight, scale, shift, row_sum, offset, grid)
     out = _hidden(x, weight, kind)
     run_activated(x, weight, scale, shift, row_sum, offset, grid, kind, out)
     return out
@@ -152,9 +122,9 @@ def _conv_output(x: Tensor, weight: Tensor, stride: list[int], dtype: torch.dtyp
     return x.new_empty(x.shape[0], rows, columns, weight.shape[0], dtype=dtype)
 
 
-@_gpu_kernel(int8_conv2d)
+@gpu_kernel(int8_conv2d)
 def _(x, weight, scale, shift, source, beta, row_sum, offset, stride, dtype):  # type: ignore[no-untyped-def]
-    _contiguous(x, weight, scale, shift, source, row_sum, offset)
+    contiguous(x, weight, scale, shift, source, row_sum, offset)
     out = _conv_output(x, weight, stride, dtype)
     run_product(x, weight, _pair(stride), scale, shift, source, beta, row_sum, offset, out)
     return out
@@ -171,11 +141,11 @@ def quantize_image(x: Tensor, grid: Tensor, pad: list[int], upsample: int) -> Te
     return reference.quantize_image(x, grid, _pad(pad), upsample).clone()
 
 
-@_gpu_kernel(quantize_image)
+@gpu_kernel(quantize_image)
 def _(x, grid, pad, upsample):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_pointwise
 
-    _contiguous(x, grid)
+    contiguous(x, grid)
     return triton_pointwise.quantize_image(x, grid, _pad(pad), upsample)
 
 
@@ -206,11 +176,11 @@ def group_norm_int8(
     return reference.group_norm(parts, shift, weight, bias, groups, eps, activate, grids, _pad(pad), raw_grids)
 
 
-@_gpu_kernel(group_norm_int8)
+@gpu_kernel(group_norm_int8)
 def _(parts, shift, weight, bias, groups, eps, activate, grids, pad, raw_grids=None):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(*parts, None if shift is None else shift[0], weight, bias, grids, raw_grids)
+    contiguous(*parts, None if shift is None else shift[0], weight, bias, grids, raw_grids)
     return triton_norm.group_norm(list(parts), shift, weight, bias, groups, eps, activate, grids, _pad(pad), raw_grids)
 
 
@@ -226,11 +196,11 @@ def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
     return reference.group_norm_float(x, weight, bias, groups, eps)
 
 
-@_gpu_kernel(group_norm_float)
+@gpu_kernel(group_norm_float)
 def _(x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(x, weight, bias)
+    contiguous(x, weight, bias)
     return triton_norm.group_norm_float(x, weight, bias, groups, eps)
 
 
@@ -253,11 +223,11 @@ def layer_norm_int8(
     return reference.layer_norm(x, weight, bias, scale, shift, eps, grids)
 
 
-@_gpu_kernel(layer_norm_int8)
+@gpu_kernel(layer_norm_int8)
 def _(x, weight, bias, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(x, weight, bias, scale, shift, grids)
+    contiguous(x, weight, bias, scale, shift, grids)
     return triton_norm.layer_norm(x, weight, bias, scale, shift, eps, grids)[1]
 
 
@@ -284,11 +254,11 @@ def gated_layer_norm_int8(
     return total, reference.layer_norm(total, None, None, scale, shift, eps, grids)
 
 
-@_gpu_kernel(gated_layer_norm_int8)
+@gpu_kernel(gated_layer_norm_int8)
 def _(x, more, gate, scale, shift, eps, grids):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_norm
 
-    _contiguous(x, more, gate, scale, shift, grids)
+    contiguous(x, more, gate, scale, shift, grids)
     return triton_norm.layer_norm(x, None, None, scale, shift, eps, grids, (more, gate))
 
 
@@ -303,11 +273,11 @@ def gated_sum(x: Tensor, more: Tensor, gate: Tensor) -> Tensor:
     return reference.gated_sum(x, more, gate)
 
 
-@_gpu_kernel(gated_sum)
+@gpu_kernel(gated_sum)
 def _(x, more, gate):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_pointwise
 
-    _contiguous(x, more, gate)
+    contiguous(x, more, gate)
     return triton_pointwise.gated_sum(x, more, gate)
 
 
@@ -322,7 +292,7 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) 
     return reference.multi_head_attention(query, key, value, heads)
 
 
-@_gpu_kernel(multi_head_attention)
+@gpu_kernel(multi_head_attention)
 def _(query, key, value, heads):  # type: ignore[no-untyped-def]
     return run_attention(query, key, value, heads)
 
@@ -338,11 +308,11 @@ def window_sum(x: Tensor, window: list[int], stride: list[int]) -> Tensor:
     return reference.window_sum(x, _pair(window), _pair(stride))
 
 
-@_gpu_kernel(window_sum)
+@gpu_kernel(window_sum)
 def _(x, window, stride):  # type: ignore[no-untyped-def]
     from cachequant.kernels.cuda import triton_pointwise
 
-    _contiguous(x)
+    contiguous(x)
     return triton_pointwise.window_sum(x, _pair(window), _pair(stride))
 
 
@@ -350,51 +320,3 @@ def _(x, window, stride):  # type: ignore[no-untyped-def]
 def _(x, window, stride):  # type: ignore[no-untyped-def]
     rows, columns = (x.shape[1] - window[0]) // stride[0] + 1, (x.shape[2] - window[1]) // stride[1] + 1
     return x.new_empty(x.shape[0], rows, columns, dtype=torch.float32)
-
-
-@custom_op("cachequant::load_step", mutates_args=("rows", "scale", "shift", "offset"))
-def load_step(
-    step: Tensor,
-    grids: Tensor,
-    inputs: Tensor,
-    columns: list[Tensor],
-    maps: list[Tensor],
-    rows: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    offset: Tensor,
-) -> None:
-    """See `cachequant.kernels.cuda.reference.load_step`."""
-    reference.load_step(step, grids, inputs, columns, maps, rows, scale, shift, offset)
-
-
-@_gpu_kernel(load_step)
-def _(step, grids, inputs, columns, maps, rows, scale, shift, offset):  # type: ignore[no-untyped-def]
-    from cachequant.kernels.cuda import triton_steps
-
-    _contiguous(grids, inputs, *columns, *maps, rows, scale, shift, offset)
-    triton_steps.load_step(step, grids, inputs, list(columns), list(maps), rows, scale, shift, offset)
-
-
-@load_step.register_fake
-def _(step, grids, inputs, columns, maps, rows, scale, shift, offset):  # type: ignore[no-untyped-def]
-    return None
-
-
-@custom_op("cachequant::map_channels", mutates_args=())
-def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
-    """See `cachequant.kernels.cuda.reference.map_channels`."""
-    return reference.map_channels(x, other, maps, step, channel_dim)
-
-
-@_gpu_kernel(map_channels)
-def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
-    from cachequant.kernels.cuda import triton_steps
-
-    _contiguous(maps)
-    return triton_steps.map_channels(x, other, maps, step, channel_dim)
-
-
-@map_channels.register_fake
-def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
