@@ -17,7 +17,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="DeepCache, or cache-dit's DBCache and TaylorSeer, too")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="KEY=VALUE for every row")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="folder that keeps the stages' outputs; none: a temporary one")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
 
@@ -227,6 +229,18 @@ def _full(args: argparse.Namespace, pipe: Any, settings: list[str], noise: list[
     return draw(Context.of(pipe, cq.load_config(args.config, own)), None, noise, FULL)
 
 
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Yields what holds `calibration_peak_bytes` behind the block: the most that tensors took on a GPU; empty on a CPU."""
+    found: dict[str, int] = {}
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    found["calibration_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+
+
 class SeedRows:
     """All rows of one seed."""
 
@@ -249,7 +263,7 @@ class SeedRows:
             for row, interval in jobs:
                 label, overrides = split_row(row, interval)
                 if not self.table.has(row=label, interval=interval, seed=self.seed):
-                    self._ours(label, interval, overrides, Path(scratch))
+                    self._ours(label, interval, overrides, self.args.work or Path(scratch))
         for peer in peers_of(self.pipe) if self.args.peers else ():
             for interval in intervals:
                 if not self.table.has(row=peer, interval=interval, seed=self.seed):
@@ -260,11 +274,12 @@ class SeedRows:
 
     def _ours(self, label: str, interval: int, overrides: list[str], scratch: Path) -> None:
         context, start = Context.of(self.pipe, self._config(overrides)), time.perf_counter()
-        plan, _ = Stages.at(context, scratch, quiet=True).plan()
+        with peak_memory(self.pipe.device) as peak:
+            plan, _ = Stages.at(context, scratch, quiet=True).plan()
         calibration_seconds = time.perf_counter() - start
         made = draw(context, plan, self.noise, label)
         self._add(
-            label, interval, made.images, seconds=made.seconds, calibration_seconds=calibration_seconds,
+            label, interval, made.images, seconds=made.seconds, calibration_seconds=calibration_seconds, **peak,
             full_step_share=plan.schedule.full_step_share, refresh_steps=list(plan.schedule.refresh_steps),
         )  # fmt: skip
 

@@ -1,16 +1,17 @@
 """Images a second with one worker and with several: how well sampling scales on this machine.
 
-    python scripts/measure_scaling.py PLAN --workers 1,2 --count 512 --batch-size 16 [--device cuda] [--json FILE]
+    python scripts/measure_scaling.py PLAN --workers 1,2 --count 512 --batch-size 16 --rounds 3 [--device cuda] [--json FILE]
 
-Each number of workers draws the same images into an empty folder; loading the model is not timed, the wait for the last
-worker is. Choose a count that takes minutes, and a multiple of workers × shard (64 images, or the batch size where that
-is larger), so that every worker has as much to do.
+Each number of workers draws the same images into an empty folder, in turn, `--rounds` times; its seconds are the median.
+Loading the model is not timed, the wait for the last worker is. Choose a count that takes minutes, and a multiple of
+workers × shard (64 images, or the batch size where that is larger), so that every worker has as much to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from cachequant.storage import load_json, save_json
 
 
 def measure(args: argparse.Namespace, workers: int) -> dict[str, float]:
-    """Draw all images with so many workers: {workers, images, seconds, images_per_second}."""
+    """Draw all images with so many workers: {workers, images, seconds}."""
     with tempfile.TemporaryDirectory() as scratch:
         note = Path(scratch) / "note.json"
         command = [sys.executable, "-m", "cachequant", "sample", str(args.plan), str(Path(scratch) / "images")]
@@ -35,12 +36,22 @@ def measure(args: argparse.Namespace, workers: int) -> dict[str, float]:
         if done.returncode != 0:
             raise UserError(f"sampling with {workers} workers ended with status {done.returncode}: see its message")
         made = load_json(note)
-    rate = made["drawn"] / made["seconds"]
-    return {"workers": workers, "images": made["drawn"], "seconds": made["seconds"], "images_per_second": rate}
+    return {"workers": workers, "images": made["drawn"], "seconds": made["seconds"]}
 
 
-def compare(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows with their speed-up over the first one, and that over what its additional workers promise."""
+def compare(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """A row for each number of workers: median seconds, all seconds, images a second, the speed-up over the first row, and
+    that over what its additional workers promise.
+    """
+    rows: list[dict[str, Any]] = []
+    for workers in dict.fromkeys(run["workers"] for run in runs):
+        mine = [run for run in runs if run["workers"] == workers]
+        seconds = [run["seconds"] for run in mine]
+        rows.append(
+            {"workers": workers, "images": mine[0]["images"], "seconds": statistics.median(seconds), "runs": seconds}
+        )
+    for row in rows:
+        row["images_per_second"] = row["images"] / row["seconds"]
     first = rows[0]
     for row in rows:
         row["speed_up"] = row["images_per_second"] / first["images_per_second"]
@@ -68,12 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--count", type=int, default=512, help="images")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once in each worker")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each number is measured")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
 
     def action() -> None:
-        rows = compare([measure(args, int(workers)) for workers in args.workers.split(",")])
+        numbers = [int(workers) for workers in args.workers.split(",")]
+        rows = compare([measure(args, workers) for _ in range(args.rounds) for workers in numbers])
         for row in rows:
             print("{workers:3d} workers {images_per_second:9.3f} images/s {speed_up:6.2f}×".format(**row))
         if args.json is not None:

@@ -10,7 +10,7 @@ Adam's moments); every layer of a block has the same learning rates (there the t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class LearnedLayer(nn.Module):
         self.bias = None if source.bias is None else source.bias.detach().float()
         self._steps = state.inputs[0].steps.to(weight.device)
         self.rounding, self.weight_shift = nn.ParameterList(), nn.ParameterList()
-        self.scale, self.zero_point = nn.ParameterList(), nn.ParameterList()
+        self.scale_shift, self.zero_point = nn.ParameterList(), nn.ParameterList()
         for i, (part, grid, table) in enumerate(
             zip(weight.split(state.widths, dim=1), state.weights, state.inputs, strict=True)
         ):
@@ -72,7 +72,8 @@ class LearnedLayer(nn.Module):
             self.register_buffer(f"grid_zero_{i}", _column(grid.zero_point.to(weight), part.dim()))
             self.rounding.append(nn.Parameter(_unrounded(whole)))
             self.weight_shift.append(nn.Parameter(torch.zeros_like(self.get_buffer(f"grid_zero_{i}"))))
-            self.scale.append(nn.Parameter(table.scale.to(weight, copy=True)))
+            self.register_buffer(f"scale_{i}", table.scale.to(weight))
+            self.scale_shift.append(nn.Parameter(torch.zeros_like(self.get_buffer(f"scale_{i}"))))
             self.zero_point.append(nn.Parameter(table.zero_point.to(weight, copy=True)))
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
@@ -99,13 +100,18 @@ class LearnedLayer(nn.Module):
     def _activation(self, x: Tensor, segment: int) -> Tensor:
         index = torch.searchsorted(self._steps, self.rows.steps.to(self._steps), right=True).sub(1).clamp(min=0)  # [B]
         shape = (-1, *[1] * (x.dim() - 1))
-        scale = self.scale[segment][index].abs().clamp(min=1e-12).view(shape)
+        scale = self._scale(segment)[index].view(shape)
         levels = 2 ** self.state.inputs[segment].bits - 1
         zero = _whole(self.zero_point[segment][index]).clamp(0, levels).view(shape)
         rounded = ((_whole(x / scale) + zero).clamp(0, levels) - zero) * scale
         if not self.drop or not self.training:
             return rounded
         return torch.where(torch.rand_like(x) < self.drop, x, rounded)
+
+    def _scale(self, segment: int) -> Tensor:
+        """[S] activation scales; what has the gradient is how far they moved, in units of their mean."""
+        begun = self.get_buffer(f"scale_{segment}")
+        return (begun + begun.mean() * self.scale_shift[segment]).abs().clamp(min=1e-12)
 
     @torch.no_grad()
     def hardened(self) -> LayerQuant:
@@ -117,7 +123,7 @@ class LearnedLayer(nn.Module):
             moved = (zero + self.weight_shift[i]).round().clamp(0, levels)
             values = (base - zero + (soft >= 0.5) + moved).clamp(0, levels).to(torch.uint8).cpu().contiguous()
             weights.append(WeightGrid(values, grid.scale, moved.flatten().cpu(), grid.bits))
-            scale = self.scale[i].abs().clamp(min=1e-12).cpu()
+            scale = self._scale(i).cpu()
             zeros = self.zero_point[i].round().clamp(0, 2**table.bits - 1).cpu()
             tables.append(ActivationTable(table.steps, scale, zeros, table.bits))
         return LayerQuant(tuple(weights), tuple(tables), self.state.widths)
@@ -138,14 +144,29 @@ class BlockData:
     target: Tensor
     steps: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> BlockData:
+        """Every tensor changed."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        kwargs = {name: changed(value) for name, value in self.kwargs.items()}
+        return BlockData(tuple(map(changed, self.args)), kwargs, change(self.target), change(self.steps))
+
     def batch(self, index: Tensor, device: torch.device) -> BlockData:
         """Some rows, on a device."""
+        return self.map(lambda value: value[index.to(value.device)].to(device))
 
-        def cut(value: Any) -> Any:
-            return value[index].to(device) if isinstance(value, Tensor) else value
-
-        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
-        return BlockData(tuple(map(cut, self.args)), kwargs, cut(self.target), cut(self.steps))
+    def near(self, device: torch.device) -> BlockData:
+        """All rows on a GPU if they take less than half of what is free there: an iteration then copies nothing."""
+        if device.type != "cuda":
+            return self
+        held = (*self.args, *self.kwargs.values(), self.target)
+        needed, (free, _) = (
+            sum(value.nbytes for value in held if isinstance(value, Tensor)),
+            torch.cuda.mem_get_info(device),
+        )
+        return self.map(lambda value: value.to(device)) if needed < free // 2 else self
 
 
 def train_block(
@@ -156,8 +177,8 @@ def train_block(
     Loss: mean squared error over its value with the initial grids hardened, plus λ·mean(1 - |2h - 1|^β), both without unit.
     """
     device = next(iter(learned.values())).rounding[0].device
-    random = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.Adam(_groups(learned, settings))
+    random, data = torch.Generator().manual_seed(0), data.near(device)
+    optimiser = torch.optim.Adam(_groups(learned, settings), fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.iterations)
     unit = _error(block, data, rows, settings.batch_size, device).clamp(min=1e-20)
     for layer in learned.values():  # the block itself stays as it is: its dropout is none of ours
@@ -190,13 +211,16 @@ def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
 
 
 def _groups(learned: dict[str, LearnedLayer], settings: ReconConfig) -> list[dict[str, Any]]:
-    """Parameters with their learning rates: activation scales move by a share of their own mean."""
-    groups: list[dict[str, Any]] = []
-    for layer in learned.values():
-        groups.append({"params": list(layer.rounding), "lr": settings.weight_lr})
-        groups.append({"params": [*layer.weight_shift, *layer.zero_point], "lr": settings.zero_point_lr})
-        groups += [{"params": [s], "lr": settings.scale_lr * float(s.detach().mean())} for s in layer.scale]
-    return groups
+    """Parameters with their learning rates."""
+    layers = learned.values()
+    return [
+        {"params": [p for layer in layers for p in layer.rounding], "lr": settings.weight_lr},
+        {
+            "params": [p for layer in layers for p in (*layer.weight_shift, *layer.zero_point)],
+            "lr": settings.zero_point_lr,
+        },
+        {"params": [p for layer in layers for p in layer.scale_shift], "lr": settings.scale_lr},
+    ]
 
 
 @torch.no_grad()

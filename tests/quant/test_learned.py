@@ -121,7 +121,7 @@ def test_the_regulariser_lives_behind_the_warm_up(source: nn.Conv2d) -> None:
         slope = (ZETA - GAMMA) * sigmoid * (1 - sigmoid)  # dh/dp: no h is at an end yet
         assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0
         torch.testing.assert_close(parameter.grad, -4 * (2 * h.detach() - 1) * slope / len(soft))
-    others = [*layer.weight_shift, *layer.scale, *layer.zero_point]
+    others = [*layer.weight_shift, *layer.scale_shift, *layer.zero_point]
     assert all(parameter.grad is None for parameter in others)
 
 
