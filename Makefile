@@ -28,8 +28,8 @@ $(STAMP): requirements.txt pyproject.toml
 demo: setup ## run the demonstration
 	@$(BIN)/cachequant demo
 
-test: setup ## run the tests
-	@$(BIN)/python -m pytest
+test: setup ## run the tests, on two processes
+	@$(BIN)/python -m pytest -n 2
 
 # The eval extra lies beside the environment, not in it: a torchvision from the package index is built for CUDA, and beside
 # a CPU torch nothing that looks for it would import any more. The tests define what it lacks (tests/conftest.py).

@@ -1,4 +1,4 @@
-"""Configuration: `_base.yaml` ← method YAML ← model YAML ← overrides, checked against one schema.
+"""Configuration: `_base.yaml` ← method YAML ← model YAML ← its `methods: {NAME: …}` ← overrides, checked against one schema.
 
 Every key that exists is a field below. A key that does not exist, or has the wrong type, is an error that names it.
 """
@@ -95,7 +95,8 @@ class CorrectionConfig:
     `held_out` (free_running only) shrinks every layer's map towards no change, by what the half of the samples that it was
     not fitted on confirms.
     `output` maps the prediction too, with x_t as second regressor (free_running only): none, least_squares towards the
-    full-precision model at the same x_t, or spread, which on cached steps also keeps the spread of its trajectories.
+    full-precision model at the same x_t, refreshes, which does so on full steps only, spread, which on cached steps also
+    keeps the spread of its trajectories, or auto, the one of the last three that measures best on held-out noise.
     """
 
     cache: bool = True
@@ -222,7 +223,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read a model YAML, put it over its method and the base, apply overrides, and check everything.
 
     Args:
-        path: model YAML. `method: NAME` in it (or in an override) chooses configs/method/NAME.yaml, or a YAML path.
+        path: model YAML. `method: NAME` in it (or in an override) chooses configs/method/NAME.yaml, or a YAML path. What
+            lies under `methods: {NAME: …}` in it counts with that method only.
         overrides: `key=value` strings, as `--set` gives them.
 
     Raises:
@@ -230,6 +232,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     own = read_yaml(path)
+    for_methods = _methods_section(own, path.name)
     extra = _parse_overrides(overrides or [])
     base = read_yaml(repository_folder() / "configs" / "_base.yaml")
     try:
@@ -238,7 +241,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
         method_yaml = read_yaml(method_path(str(method)))
         _reject_unknown(method_yaml, f"method {method}")
-        config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, extra)
+        for_method = for_methods.get(method, DictConfig({}))
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, for_method, extra)
         resolved = OmegaConf.to_object(config)
     except (OmegaConfBaseException, RecursionError) as error:
         place = getattr(error, "full_key", None)
@@ -247,6 +251,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     assert isinstance(resolved, RunConfig)
     validate(resolved)
     return resolved
+
+
+def _methods_section(own: DictConfig, where: str) -> dict[str, DictConfig]:
+    """Takes `methods` out of a model's YAML: method -> keys that count with it only."""
+    section = own.pop("methods", DictConfig({}))
+    if not isinstance(section, DictConfig):
+        raise UserError(f"{where}: methods is {section!r}, expected sections such as best: {{cache: {{branch: 0}}}}")
+    found = {str(name): keys for name, keys in section.items()}
+    for name, keys in found.items():
+        method_path(name)
+        if not isinstance(keys, DictConfig):
+            raise UserError(f"{where}: methods.{name} is {keys!r}, expected a section of keys")
+        _reject_unknown(keys, f"{where}, methods.{name}")
+    return found
 
 
 def method_path(method: str) -> Path:

@@ -39,7 +39,7 @@ _CHOICES = {
         "joint",
     ),
     "correction.layers": ("none", "consumers", "all"),
-    "correction.output": ("none", "least_squares", "spread"),
+    "correction.output": ("none", "refreshes", "least_squares", "spread", "auto"),
     "correction.trajectory": ("full_precision", "free_running"),
     "quant.weight_search": ("minmax", "mse", "percentile"),
     "quant.activation_search": ("minmax", "mse", "percentile"),

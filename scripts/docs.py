@@ -140,7 +140,14 @@ def _meaning(action: argparse.Action) -> str:
 def configuration() -> str:
     """Every key of a YAML, by section."""
     lines = ["# Configuration keys", "", MADE, "", _prose(inspect.getdoc(sys.modules[RunConfig.__module__]) or ""), ""]
-    lines += ["`configs/_base.yaml` ← `configs/method/NAME.yaml` ← the model's YAML ← `--set key=value`.", ""]
+    layers = (
+        "`configs/_base.yaml`",
+        "`configs/method/NAME.yaml`",
+        "the model's YAML",
+        "its `methods: {NAME: …}`",
+        "`--set key=value`",
+    )
+    lines += [" ← ".join(layers) + ".", ""]
     for prefix, schema in sections(RunConfig):
         lines += [f"## {prefix or 'Top level'}", "", _prose(inspect.getdoc(schema) or ""), ""]
         lines += ["| key | type | default | accepts |", "| --- | --- | --- | --- |"]

@@ -89,6 +89,30 @@ def test_the_method_of_an_override_beats_that_of_the_model(tmp_path: Path) -> No
     assert config.method == "paper" and config.correction.cache is True
 
 
+def test_what_a_model_sets_for_a_method_counts_with_that_method_only(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "cache: {branch: 3}\nmethods: {best: {cache: {branch: 0}, correction: {ridge: 0.5}}, naive: {}}\n"
+    )
+    own = load_config(path)
+    assert own.method == "best" and own.cache.branch == 0 and own.correction.ridge == 0.5
+    assert load_config(path, ["method=naive"]).cache.branch == load_config(path, ["method=paper"]).cache.branch == 3
+    assert load_config(path, ["cache.branch=2"]).cache.branch == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: best\n", "expected sections"),
+        ("methods: {best: 3}\n", "methods.best is 3"),
+        ("methods: {bst: {cache: {branch: 0}}}\n", "'bst'"),
+        ("methods: {paper: {cache: {brnch: 0}}}\n", "did you mean cache.branch"),
+    ],
+)
+def test_a_section_of_methods_is_checked_whatever_the_method(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
 def test_the_last_of_two_equal_overrides_wins(model: Path) -> None:
     assert load_config(model, ["cache.interval=2", "cache.interval=3"]).cache.interval == 3
 

@@ -72,7 +72,7 @@ def test_the_yaml_loads_with_any_method_and_says_where_each_value_is_from(name: 
     ],
 )  # fmt: skip
 def test_steps_interval_and_cut_are_the_papers(name: str, evaluations: int, width: int, refreshes: int) -> None:
-    config = load_config(CONFIGS / f"{name}.yaml")
+    config = load_config(CONFIGS / f"{name}.yaml", ["method=paper"])
     assert config.sampler.steps == evaluations
     assert -(-evaluations // config.cache.interval) == refreshes
     cut = adapter(full_size(name), config.cache.branch, config.cache.span)
@@ -83,6 +83,12 @@ def test_steps_interval_and_cut_are_the_papers(name: str, evaluations: int, widt
     else:
         assert set(straddling) == {"conv1", "conv_shortcut"}
     assert any(straddling.values()) == (name == "cifar10")  # 256 of 384 channels in groups of 12
+
+
+def test_our_method_keeps_only_the_last_decoder_block_of_cifar10() -> None:
+    ours, paper = (load_config(CONFIGS / "cifar10.yaml", [f"method={name}"]) for name in ("best", "paper"))
+    assert (ours.cache.branch, paper.cache.branch) == (0, 3)
+    assert ours.cache.interval == paper.cache.interval and ours.sampler == paper.sampler
 
 
 def test_both_stable_diffusion_files_differ_in_the_evaluation_alone() -> None:

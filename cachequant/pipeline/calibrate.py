@@ -13,14 +13,14 @@ from torch import Tensor
 from cachequant.budget import Allowance, solve_budget
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.costs import COSTS, Band, Cost, band_for
-from cachequant.pipeline.context import HELD_OUT, Context
+from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.effect import effect_weights
-from cachequant.pipeline.features import calibration_cache, gather_moments
-from cachequant.pipeline.hook import Call, StepFunction
+from cachequant.pipeline.features import gather_moments
+from cachequant.pipeline.held_out import HeldOut
+from cachequant.pipeline.hook import Call
 from cachequant.pipeline.inputs import KeptInputs, StepInput
 from cachequant.pipeline.spread import Spread, denoised_factors
-from cachequant.pipeline.step import accelerated_step
 from cachequant.schedule import best_schedule, group_costs, power_schedule, uniform_schedule
 from cachequant.types import Correction, Schedule
 
@@ -199,8 +199,8 @@ def choose_schedule(context: Context, calibration: Calibration, allowance: Allow
     if config.schedule.kind == "uniform" or best.refresh_steps == uniform.refresh_steps:
         return uniform
     if config.schedule.fallback:
-        error = HeldOut(context)
-        return best if error.of(best) <= error.of(uniform) else uniform
+        trial = ScheduleTrial(context)
+        return best if trial.error(best) <= trial.error(uniform) else uniform
     return best
 
 
@@ -214,33 +214,22 @@ def budget_schedule(
     return Schedule(found.refresh_steps, len(costs), interval, found.cost, uniform_cost)
 
 
-class HeldOut:
-    """Error of a schedule on noise that its fit has not seen, with a quarter of the samples that stage 2 has."""
+class ScheduleTrial:
+    """Error of a schedule on held-out noise, fitted and measured on a quarter of the samples that stage 2 has."""
 
     def __init__(self, context: Context, share: int = 4) -> None:
         calibration = context.config.calibration
         count = max(2, len(context.fresh_seeds) // share)
         small = replace(context.config, calibration=replace(calibration, dec_samples=count))
-        self.context, self.seeds = replace(context, config=small), context.seeds(HELD_OUT, count)
-        self.exact = self._images(_full_step(self.context), uniform_schedule(context.num_steps, 1))
+        self.context = replace(context, config=small)
+        self.held_out = HeldOut(self.context, count)
 
-    def of(self, schedule: Schedule) -> float:
-        """Mean squared error of the final images, fitted on calibration noise and run on the held-out one."""
+    def error(self, schedule: Schedule) -> float:
+        """Mean squared error of the final images, with the cached feature corrected where the configuration says so."""
         context, settings = self.context, self.context.config.correction
         fits = settings.cache
         maps = solve_maps(gather_moments(context, schedule), settings.ridge, settings.inflation) if fits else {}
-        cache = calibration_cache(context, schedule)
-        made = self._images(accelerated_step(context.adapter, cache, Correction(maps)), schedule, cache)
-        return float((made - self.exact).double().square().mean())
-
-    def _images(self, step: StepFunction, schedule: Schedule, cache: FeatureCache | None = None) -> Tensor:
-        batches = self.context.run(step, cache or FeatureCache(schedule), self.seeds, "1 held out")
-        return torch.cat(list(batches))
-
-
-def _full_step(context: Context) -> StepFunction:
-    """Every evaluation in full."""
-    return lambda call: context.adapter.full(call.x, call.timestep, **call.kwargs)[0]
+        return self.held_out.error(schedule, Correction(maps))
 
 
 class _Stopwatch:

@@ -8,6 +8,8 @@ next layer is reached, refits the cached feature's map on the way, and last maps
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
@@ -16,11 +18,15 @@ from cachequant.pipeline.chunks import Chunks
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import calibration_cache, regressors
+from cachequant.pipeline.held_out import HeldOut
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.prediction import PredictionFit
 from cachequant.quant.convert import QuantizedNetwork, install
 from cachequant.quant.layers import Mode
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
+
+OUTPUTS, CLEARLY = ("spread", "least_squares", "refreshes"), 0.95
+"""What `correction.output=auto` chooses from, and the share of the first one's error that another must stay under."""
 
 
 def fit_quantised(
@@ -47,6 +53,27 @@ def fit_quantised(
     finally:
         handle.remove()
         adapter.rebuild()
+
+
+def fit_output(
+    context: Context, schedule: Schedule, correction: Correction, state: QuantState | None, spread: Tensor
+) -> tuple[Correction, dict[str, float]]:
+    """`fit_quantised`, and with `correction.output=auto` the choice of what maps the prediction: (correction, errors).
+
+    Each of `OUTPUTS` is fitted and run on as many samples of held-out noise as it is fitted on. The first one is kept unless
+    another's images are nearer to full precision by `CLEARLY`: it keeps the spread of the images, which a squared error
+    does not see. The errors are empty where nothing was chosen. Ours, not in the paper.
+    """
+    settings = context.config.correction
+    if settings.output != "auto":
+        return fit_quantised(context, schedule, correction, state, spread), {}
+    held_out, fits, errors = HeldOut(context, len(context.paired_seeds)), dict[str, Correction](), dict[str, float]()
+    for output in OUTPUTS:
+        config = replace(context.config, correction=replace(settings, output=output))
+        fits[output] = fit_quantised(replace(context, config=config), schedule, correction, state, spread)
+        errors[output] = held_out.error(schedule, fits[output], state)
+    nearest = min(OUTPUTS, key=errors.__getitem__)
+    return fits[nearest if errors[nearest] < CLEARLY * errors[OUTPUTS[0]] else OUTPUTS[0]], errors
 
 
 def corrected_layers(context: Context, handle: QuantizedNetwork) -> tuple[str, ...]:
@@ -123,7 +150,7 @@ def _free_running(context: Context, cache: FeatureCache, handle: QuantizedNetwor
             cache.store(feature)
             if not handle.layers:  # nothing was rounded
                 return output
-        return predictions.fit(cache.step, call.x, output, exact, keep_spread=feature is None)
+        return predictions.fit(cache.step, call.x, output, exact, cached=feature is None)
 
     context.trajectories(step, cache, seeds, "5 dec quant", len(seeds))
     layers = {n: {s: m.to("cpu") for s, m in sorted(handle.layers[n].corrections.items())} for n in names}

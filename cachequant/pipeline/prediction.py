@@ -15,7 +15,7 @@ class PredictionFit:
     """Fits the map of each step's prediction and uses it at once.
 
     Args:
-        context: tells `correction.output`: none leaves every prediction as it is.
+        context: tells `correction.output`: none leaves every prediction as it is, refreshes those of cached steps.
         spread: [T, C] deviation of the denoised predictions on full-precision trajectories of the same noise.
     """
 
@@ -25,18 +25,18 @@ class PredictionFit:
         self._sums: dict[int, Moments] = {}
         self.maps: dict[int, AffineMap] = {}
 
-    def fit(self, step: int, x: Tensor, made: Tensor, exact: Tensor, keep_spread: bool) -> Tensor:
+    def fit(self, step: int, x: Tensor, made: Tensor, exact: Tensor, cached: bool) -> Tensor:
         """The accelerated prediction `made` mapped towards `exact`, both [B, C, H, W] at the same x_t `x` [B, C', H, W].
 
-        Guidance contexts that are several calls are pooled. `keep_spread` on cached steps: a refresh is the model itself, of
-        which only the rounding is corrected.
+        Guidance contexts that are several calls are pooled. The spread is kept on `cached` steps: a refresh is the model
+        itself, of which only the rounding is corrected.
         """
-        if self._settings.output == "none":
+        if self._settings.output == "none" or (self._settings.output == "refreshes" and cached):
             return made
         shared = min(made.shape[1], x.shape[1])
         sums = self._sums.setdefault(step, Moments())
         sums.update((made[:, :shared], x[:, :shared]), exact[:, :shared])
-        if keep_spread and self._settings.output == "spread":
+        if cached and self._settings.output == "spread":
             p, q = self._factors[step]
             solved = solve_prediction(sums, self._settings.ridge, (p, q), self._spread[step])
         else:

@@ -19,7 +19,7 @@ from cachequant.models.skeleton import remainder_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
-from cachequant.pipeline.dec_quant import fit_quantised
+from cachequant.pipeline.dec_quant import fit_output
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.pace import within_budget
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
@@ -229,18 +229,30 @@ class Stages:
 
     def correction(self) -> tuple[Correction, str]:
         """Stage 5: the corrections of the quantised layers beside those of the cache."""
+        (correction, _), key = self._fitted()
+        return correction, key
+
+    def _fitted(self) -> tuple[tuple[Correction, dict[str, float]], str]:
+        """Stage 5, with the errors by which the map of the prediction was chosen."""
         (schedule, _), (correction, _), (state, parent) = self.schedule(), self.cache_correction(), self.quant()
         calibration, _ = self.calibration()
 
-        def compute() -> Correction:
-            return fit_quantised(self.context, schedule, correction, state, calibration.spread)
+        def compute() -> tuple[Correction, dict[str, float]]:
+            return fit_output(self.context, schedule, correction, state, calibration.spread)
+
+        def save(folder: Path, value: tuple[Correction, dict[str, float]]) -> None:
+            _save_correction(folder, value[0])
+            save_json(folder / "chosen.json", value[1])
+
+        def load(folder: Path) -> tuple[Correction, dict[str, float]]:
+            return _load_correction(folder), load_json(folder / "chosen.json")
 
         inputs = {"parent": parent, "correction": asdict(self.context.config.correction)}
-        return self.store.obtain(5, "fit_dec_quant", inputs, compute, _save_correction, _load_correction)
+        return self.store.obtain(5, "fit_dec_quant", inputs, compute, save, load)
 
     def plan(self) -> tuple[Plan, str]:
         """Everything that stages 1 to 5 found, as one plan, and the key of its content."""
-        (schedule, _), (state, quant_key), (correction, key) = self.schedule(), self.quant(), self.correction()
+        (schedule, _), (state, quant_key), ((correction, errors), key) = self.schedule(), self.quant(), self._fitted()
         calibration, first = self.calibration()
         context, config = self.context, self.context.config
         provenance = {
@@ -252,6 +264,8 @@ class Stages:
             "weight_bits": _weight_bits(state),
             "consumers": [asdict(consumer) for consumer in context.adapter.consumers()],
         }
+        if errors:
+            provenance["output"] = errors
         if self.allowance is not None:
             spent = self.allowance.spent(schedule.refresh_steps)
             provenance["budget"] = {"network_ms": self.allowance.budget, "expected_ms": spent}

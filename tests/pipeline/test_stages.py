@@ -17,7 +17,6 @@ from cachequant.costs import COSTS, band_for
 from cachequant.errors import UserError
 from cachequant.pipeline.calibrate import (
     Calibration,
-    HeldOut,
     SamplerGains,
     budget_schedule,
     choose_schedule,
@@ -25,13 +24,11 @@ from cachequant.pipeline.calibrate import (
     sampler_sigmas,
 )
 from cachequant.pipeline.context import FRESH, Context
-from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.features import gather_moments
 from cachequant.pipeline.hook import Call
 from cachequant.pipeline.quant_params import calibrate_quantisers, layer_plans
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
-from cachequant.plan import Plan
 from cachequant.schedule import best_schedule, schedule_from_features, uniform_schedule
 from cachequant.types import Correction
 
@@ -79,18 +76,6 @@ def test_every_cost_makes_the_best_schedule_of_stored_features(pipe: Any, config
     assert calibration.neighbour.shape == (6,) and calibration.neighbour[0] == 0
     expected = best_schedule(band.values, 2, calibration.weights, coherent=cost.coherent)
     assert found.refresh_steps == expected.refresh_steps and found.cost == pytest.approx(expected.cost, rel=1e-4)
-
-
-def test_held_out_images_are_those_of_a_plan_that_holds_its_feature_as_configured(
-    pipe: Any, configure: Configure
-) -> None:
-    context = Context.of(pipe, configure("cache.feature_bits=8", "quant.enabled=false"))
-    held, schedule, settings = HeldOut(context), uniform_schedule(context.num_steps, 3), context.config.correction
-    maps = solve_maps(gather_moments(held.context, schedule), settings.ridge, settings.inflation)
-    plan = Plan(context.config, context.identity, context.timesteps, schedule, Correction(maps))
-    made, exact = (draw(context, used, held.seeds, "test").images for used in (plan, None))
-    expected = float((made - exact).double().square().mean())
-    assert held.of(schedule) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_schedule_that_takes_all_of_its_budget_is_within_it() -> None:
