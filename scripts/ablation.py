@@ -5,8 +5,9 @@
 
 Each seed has its own calibration noise and its own evaluation noise; within a seed all rows start from the same noise.
 The file is written after every row; a second call goes on where the first one stopped. `--row LABEL:METHOD[,KEY=VALUE…]`
-measures other configurations instead of the default rows. `--peers` adds other people's caching, from the `peers` extra, and
-ours in full precision beside it. The network under the distances is the miniature's judge (configs/tables/_miniatures.yaml).
+measures other configurations instead of the default rows, `--costs` the schedule of every cost. `--peers` adds other
+people's caching, from the `peers` extra, and ours in full precision beside it. The network under the distances is the
+miniature's judge (configs/tables/_miniatures.yaml).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 import cachequant as cq
 from cachequant.cli import guarded
 from cachequant.config import RunConfig
+from cachequant.costs import COSTS
 from cachequant.evaluation.features import fashion_statistics
 from cachequant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from cachequant.evaluation.judges import NETWORKS, DrawingFeatures, Features
@@ -49,6 +51,8 @@ QUANT_ONLY = (
 )
 FLOAT = "cachequant_float32:best,quant.enabled=false"
 """What the peers compare with: they do not quantise."""
+BY_COST = ("naive", "cachequant:best", *(f"{c}:best,schedule.cost={c},schedule.fallback=false" for c in COSTS))
+"""Rows of `--costs`: ours on the schedule of every cost, beside the one that our method keeps."""
 NOISE, REFERENCE_NOISE = 10_000_000, 30_000_000
 """First seeds of what is judged, and of the full model's images where those are the reference."""
 
@@ -66,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--row", action="append", default=[], help="LABEL:METHOD[,KEY=VALUE...], instead of the default"
     )
     parser.add_argument("--peers", action="store_true", help="DeepCache, or cache-dit's DBCache and TaylorSeer, too")
+    parser.add_argument("--costs", action="store_true", help="a row for every schedule cost, instead of the default")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="KEY=VALUE for every row")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="folder that keeps the stages' outputs; none: a temporary one")
@@ -256,9 +261,10 @@ class SeedRows:
         if not self.table.has(row=FULL, seed=self.seed):
             self._add(FULL, 1, self.full, seconds=full.seconds)
         intervals = [int(n) for n in self.args.intervals.split(",")]
+        chosen = self.args.row or (BY_COST if self.args.costs else ())
         default = (*ROWS, FLOAT) if self.args.peers else ROWS
-        jobs = [(row, n) for n in intervals for row in (self.args.row or default)]
-        jobs += [] if self.args.row else [(row, 1) for row in QUANT_ONLY]
+        jobs = [(row, n) for n in intervals for row in (chosen or default)]
+        jobs += [] if chosen else [(row, 1) for row in QUANT_ONLY]
         with tempfile.TemporaryDirectory() as scratch:
             for row, interval in jobs:
                 label, overrides = split_row(row, interval)

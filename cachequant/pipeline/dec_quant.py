@@ -25,8 +25,9 @@ from cachequant.quant.convert import QuantizedNetwork, install
 from cachequant.quant.layers import Mode
 from cachequant.types import AffineMap, Correction, QuantState, Schedule
 
-OUTPUTS, CLEARLY = ("spread", "least_squares", "refreshes"), 0.95
-"""What `correction.output=auto` chooses from, and the share of the first one's error that another must stay under."""
+OUTPUTS, CLEARLY, JUDGED = ("spread", "least_squares", "refreshes"), 0.95, 16
+"""What `correction.output=auto` chooses from, the share of the first one's error that another must stay under, and on how
+many samples this is measured."""
 
 
 def fit_quantised(
@@ -60,14 +61,15 @@ def fit_output(
 ) -> tuple[Correction, dict[str, float]]:
     """`fit_quantised`, and with `correction.output=auto` the choice of what maps the prediction: (correction, errors).
 
-    Each of `OUTPUTS` is fitted and run on as many samples of held-out noise as it is fitted on. The first one is kept unless
-    another's images are nearer to full precision by `CLEARLY`: it keeps the spread of the images, which a squared error
-    does not see. The errors are empty where nothing was chosen. Ours, not in the paper.
+    Each of `OUTPUTS` is fitted, and run on as many samples of held-out noise as it is fitted on, `JUDGED` at most. The first
+    one is kept unless another's images are nearer to full precision by `CLEARLY`: it keeps the spread of the images, which a
+    squared error does not see. The errors are empty where nothing was chosen. Ours, not in the paper.
     """
     settings = context.config.correction
     if settings.output != "auto":
         return fit_quantised(context, schedule, correction, state, spread), {}
-    held_out, fits, errors = HeldOut(context, len(context.paired_seeds)), dict[str, Correction](), dict[str, float]()
+    held_out = HeldOut(context, min(JUDGED, len(context.paired_seeds)))
+    fits, errors = dict[str, Correction](), dict[str, float]()
     for output in OUTPUTS:
         config = replace(context.config, correction=replace(settings, output=output))
         fits[output] = fit_quantised(replace(context, config=config), schedule, correction, state, spread)
