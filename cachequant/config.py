@@ -232,10 +232,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     own = read_yaml(path)
-    for_methods = _methods_section(own, path.name)
     extra = _parse_overrides(overrides or [])
     base = read_yaml(repository_folder() / "configs" / "_base.yaml")
     try:
+        for_methods = _methods_section(own, path.name)
         _reject_unknown(own, path.name)
         _reject_unknown(extra, "--set")
         method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")

@@ -106,6 +106,9 @@ def test_what_a_model_sets_for_a_method_counts_with_that_method_only(tmp_path: P
         ("methods: {best: 3}\n", "methods.best is 3"),
         ("methods: {bst: {cache: {branch: 0}}}\n", "'bst'"),
         ("methods: {paper: {cache: {brnch: 0}}}\n", "did you mean cache.branch"),
+        ("methods: ${nowhere}\n", "nowhere"),
+        ("methods: {best: '${nowhere}'}\n", "nowhere"),
+        ("methods: {3: {}}\n", "'3'"),
     ],
 )
 def test_a_section_of_methods_is_checked_whatever_the_method(tmp_path: Path, text: str, message: str) -> None:

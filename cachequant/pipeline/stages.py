@@ -242,10 +242,12 @@ class Stages:
 
         def save(folder: Path, value: tuple[Correction, dict[str, float]]) -> None:
             _save_correction(folder, value[0])
-            save_json(folder / "chosen.json", value[1])
+            if value[1]:
+                save_json(folder / "chosen.json", value[1])
 
         def load(folder: Path) -> tuple[Correction, dict[str, float]]:
-            return _load_correction(folder), load_json(folder / "chosen.json")
+            chosen = folder / "chosen.json"
+            return _load_correction(folder), load_json(chosen) if chosen.is_file() else {}
 
         inputs = {"parent": parent, "correction": asdict(self.context.config.correction)}
         return self.store.obtain(5, "fit_dec_quant", inputs, compute, save, load)

@@ -161,11 +161,8 @@ class BlockData:
         """All rows on a GPU if they take less than half of what is free there: an iteration then copies nothing."""
         if device.type != "cuda":
             return self
-        held = (*self.args, *self.kwargs.values(), self.target)
-        needed, (free, _) = (
-            sum(value.nbytes for value in held if isinstance(value, Tensor)),
-            torch.cuda.mem_get_info(device),
-        )
+        held = [value for value in (*self.args, *self.kwargs.values(), self.target) if isinstance(value, Tensor)]
+        needed, free = sum(value.nbytes for value in held), torch.cuda.mem_get_info(device)[0]
         return self.map(lambda value: value.to(device)) if needed < free // 2 else self
 
 
@@ -213,14 +210,9 @@ def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
 def _groups(learned: dict[str, LearnedLayer], settings: ReconConfig) -> list[dict[str, Any]]:
     """Parameters with their learning rates."""
     layers = learned.values()
-    return [
-        {"params": [p for layer in layers for p in layer.rounding], "lr": settings.weight_lr},
-        {
-            "params": [p for layer in layers for p in (*layer.weight_shift, *layer.zero_point)],
-            "lr": settings.zero_point_lr,
-        },
-        {"params": [p for layer in layers for p in layer.scale_shift], "lr": settings.scale_lr},
-    ]
+    rates = {"rounding": settings.weight_lr, "weight_shift": settings.zero_point_lr, "zero_point": settings.zero_point_lr,
+             "scale_shift": settings.scale_lr}  # fmt: skip
+    return [{"params": [p for layer in layers for p in getattr(layer, name)], "lr": lr} for name, lr in rates.items()]
 
 
 @torch.no_grad()
