@@ -34,7 +34,7 @@ RECORD = {
     "schedule": "which evaluations run the whole network",
     "quantised": "whether quant.safetensors holds layers",
     "recipe": "for loading from the plan: classes and configurations of denoiser, scheduler and pipeline, or null",
-    "provenance": "versions, seed, keys of the stages' outputs, measured seconds, layers that read the cached feature",
+    "provenance": "versions, seed, keys of the stages' outputs, what was measured, layers that read the cached feature",
     "files": "sha256 of every tensor file",
     "checksum": "sha256 of all other keys as canonical JSON (sorted keys, no spaces)",
 }
