@@ -66,11 +66,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=2500)
-    parser.add_argument(
-        "--row", action="append", default=[], help="LABEL:METHOD[,KEY=VALUE...], instead of the default"
-    )
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--row", action="append", default=[], help="LABEL:METHOD[,KEY=VALUE...], instead of the default")
+    rows.add_argument("--costs", action="store_true", help="a row for every schedule cost, instead of the default")
     parser.add_argument("--peers", action="store_true", help="DeepCache, or cache-dit's DBCache and TaylorSeer, too")
-    parser.add_argument("--costs", action="store_true", help="a row for every schedule cost, instead of the default")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="KEY=VALUE for every row")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="folder that keeps the stages' outputs; none: a temporary one")

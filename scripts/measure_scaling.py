@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def action() -> None:
+        if args.rounds < 1:
+            raise UserError(f"--rounds is {args.rounds}, expected at least 1")
         numbers = [int(workers) for workers in args.workers.split(",")]
         rows = compare([measure(args, workers) for _ in range(args.rounds) for workers in numbers])
         for row in rows:

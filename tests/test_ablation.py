@@ -99,3 +99,9 @@ def test_every_cost_of_the_schedule_is_a_row(ablation: ModuleType, name: str) ->
     config = load_config(repository_folder() / "configs" / "fashion.yaml", overrides)
     assert (config.method, config.cache.interval, config.schedule.cost) == ("best", 5, name)
     assert config.schedule.kind == "dps" and not config.schedule.fallback
+
+
+def test_rows_of_ones_own_and_of_every_cost_exclude_each_other(ablation: ModuleType) -> None:
+    with pytest.raises(SystemExit):
+        ablation.parse(["x.yaml", "--out", "x.json", "--costs", "--row", "naive"])
+    assert ablation.parse(["x.yaml", "--out", "x.json", "--costs"]).row == []

@@ -29,6 +29,11 @@ def test_speed_up_and_efficiency_are_of_the_medians_over_the_first_row(script: d
     assert [row["efficiency"] for row in rows] == [1.0, 1.0, 0.5]
 
 
+def test_no_rounds_are_refused(script: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert script["main"](["plan", "--rounds", "0"]) == 2
+    assert capsys.readouterr().err.strip() == "error: --rounds is 0, expected at least 1"
+
+
 @pytest.mark.slow
 def test_it_measures_the_miniature(script: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import cachequant as cq
