@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.pipeline.train_block import BlockData, output_of, train_block
 from cachequant.pipeline.walk import Walk
 from cachequant.quant.convert import QuantizedNetwork, install, replace_module
 from cachequant.quant.layers import Mode
-from cachequant.quant.learned import BlockData, LearnedLayer, Rows, output_of, train_block
+from cachequant.quant.learned import LearnedLayer, Rows
 from cachequant.storage import load_tensors, make_folder, pack_quant, save_json, save_tensors, unpack_quant
 from cachequant.types import LayerQuant, QuantState
 

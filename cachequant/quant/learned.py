@@ -1,24 +1,16 @@
-"""Reconstruction: rounding and activation grids of one block trained towards the block's full-precision output.
+"""A layer for reconstruction: its rounding and activation grids have gradients.
 
-AdaRound's soft rounding (Nagel et al., ICML 2020, equations 22 to 24) over blocks (Li et al., BRECQ, ICLR 2021), with LSQ+'s
-straight-through activation grids (Bhalgat et al., 2020), as CacheQuant's `--recon` uses them. Differences from its released
-code: the regulariser is alive, so that what is hardened at the end is whole already (there its coefficient never leaves
-zero and hardening undoes what was learnt); one optimiser a block (there a new one at every iteration, which forgets
-Adam's moments); every layer of a block has the same learning rates (there the tail's differ by mistake).
+AdaRound's soft rounding (Nagel et al., ICML 2020, equations 22 and 23) with LSQ+'s straight-through activation grids
+(Bhalgat et al., 2020), as CacheQuant's `--recon` uses them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from cachequant.config import ReconConfig
 from cachequant.kernels.reference import Geometry, product
 from cachequant.quant.layers import Layer
 from cachequant.types import ActivationTable, LayerQuant, WeightGrid
@@ -28,12 +20,6 @@ GAMMA, ZETA = -0.1, 1.1
 
 KEPT = 0.8
 """How far towards compensated integers their roundings begin; measured: training loses them from the real weights."""
-
-WARM_UP, ANNEALED, BETA_FIRST, BETA_LAST = 0.2, 0.7, 20.0, 2.0
-"""Shares of the iterations before which there is no regulariser and behind which its power, annealed, is the last one.
-
-The cosine of the learning rate has spent 95 % of the way by 0.8: what is to become whole has to be pulled before.
-"""
 
 
 class Rows:
@@ -127,117 +113,6 @@ class LearnedLayer(nn.Module):
             zeros = self.zero_point[i].round().clamp(0, 2**table.bits - 1).cpu()
             tables.append(ActivationTable(table.steps, scale, zeros, table.bits))
         return LayerQuant(tuple(weights), tuple(tables), self.state.widths)
-
-
-@dataclass(frozen=True)
-class BlockData:
-    """What a block is trained on, a row per sample and step.
-
-    Attributes:
-        args, kwargs: of the block's forward, each tensor [n, ...]; other values are the same for all rows.
-        target: [n, ...] the full-precision output.
-        steps: [n].
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    target: Tensor
-    steps: Tensor
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> BlockData:
-        """Every tensor changed."""
-
-        def changed(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) else value
-
-        kwargs = {name: changed(value) for name, value in self.kwargs.items()}
-        return BlockData(tuple(map(changed, self.args)), kwargs, change(self.target), change(self.steps))
-
-    def batch(self, index: Tensor, device: torch.device) -> BlockData:
-        """Some rows, on a device."""
-        return self.map(lambda value: value[index.to(value.device)].to(device))
-
-    def near(self, device: torch.device) -> BlockData:
-        """All rows on a GPU if they take less than half of what is free there: an iteration then copies nothing."""
-        if device.type != "cuda":
-            return self
-        held = [value for value in (*self.args, *self.kwargs.values(), self.target) if isinstance(value, Tensor)]
-        needed, free = sum(value.nbytes for value in held), torch.cuda.mem_get_info(device)[0]
-        return self.map(lambda value: value.to(device)) if needed < free // 2 else self
-
-
-def train_block(
-    block: nn.Module, learned: dict[str, LearnedLayer], data: BlockData, rows: Rows, settings: ReconConfig, label: str
-) -> tuple[float, float]:
-    """Train the layers that stand in a block; returns the error before and after as a share of the target's power.
-
-    Loss: mean squared error over its value with the initial grids hardened, plus λ·mean(1 - |2h - 1|^β), both without unit.
-    """
-    device = next(iter(learned.values())).rounding[0].device
-    random, data = torch.Generator().manual_seed(0), data.near(device)
-    optimiser = torch.optim.Adam(_groups(learned, settings), fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.iterations)
-    unit = _error(block, data, rows, settings.batch_size, device).clamp(min=1e-20)
-    for layer in learned.values():  # the block itself stays as it is: its dropout is none of ours
-        layer.train()
-    with torch.enable_grad():
-        for iteration in tqdm(range(settings.iterations), desc=label, unit="iteration", leave=False, disable=None):
-            part = data.batch(torch.randint(len(data.steps), (settings.batch_size,), generator=random), device)
-            rows.steps = part.steps
-            error = (output_of(block(*part.args, **part.kwargs)) - part.target).square().mean() / unit
-            loss = error + settings.regulariser * unwhole(learned, iteration / settings.iterations)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    for layer in learned.values():
-        layer.eval()
-    power = data.target.square().mean()
-    return float(unit / power), float(_error(block, data, rows, settings.batch_size, device) / power)
-
-
-def unwhole(learned: dict[str, LearnedLayer], progress: float) -> Tensor:
-    """AdaRound's regulariser 1 - |2h - 1|^β, mean over all weights, at `progress` in [0, 1]; β falls behind the warm-up."""
-    if progress < WARM_UP:
-        return next(iter(learned.values())).rounding[0].new_zeros(())
-    soft = [h for layer in learned.values() for h in layer.soft()]
-    share = min(1.0, (progress - WARM_UP) / (ANNEALED - WARM_UP))
-    beta = BETA_LAST + 0.5 * (BETA_FIRST - BETA_LAST) * (1 + math.cos(math.pi * share))
-    total = sum(((1 - (2 * h - 1).abs().pow(beta)).sum() for h in soft), soft[0].new_zeros(()))
-    return total / sum(h.numel() for h in soft)
-
-
-def _groups(learned: dict[str, LearnedLayer], settings: ReconConfig) -> list[dict[str, Any]]:
-    """Parameters with their learning rates."""
-    layers = learned.values()
-    rates = {"rounding": settings.weight_lr, "weight_shift": settings.zero_point_lr, "zero_point": settings.zero_point_lr,
-             "scale_shift": settings.scale_lr}  # fmt: skip
-    return [{"params": [p for layer in layers for p in getattr(layer, name)], "lr": lr} for name, lr in rates.items()]
-
-
-@torch.no_grad()
-def _error(block: nn.Module, data: BlockData, rows: Rows, size: int, device: torch.device) -> Tensor:
-    """Mean squared error of the block over all rows, with every rounding whole."""
-    layers = [m for m in block.modules() if isinstance(m, LearnedLayer)]
-    kept = [[p.clone() for p in layer.rounding] for layer in layers]
-    for layer in layers:
-        for parameter in layer.rounding:
-            parameter.copy_(torch.where(parameter >= 0, 20.0, -20.0))
-    total = torch.zeros((), device=device)
-    for start in range(0, len(data.steps), size):
-        part = data.batch(torch.arange(start, min(start + size, len(data.steps))), device)
-        rows.steps = part.steps
-        total += (output_of(block(*part.args, **part.kwargs)) - part.target).square().sum()
-    for layer, values in zip(layers, kept, strict=True):
-        for parameter, value in zip(layer.rounding, values, strict=True):
-            parameter.copy_(value)
-    return total / data.target.numel()
-
-
-def output_of(made: Any) -> Tensor:
-    """The tensor that a block returns, alone or first of several."""
-    output: Tensor = made[0] if isinstance(made, tuple) else made
-    return output
 
 
 def _beginning(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:

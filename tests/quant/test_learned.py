@@ -1,4 +1,4 @@
-"""Reconstruction of a block: where it begins, what it minimises, what is saved."""
+"""A layer with gradients on its rounding and grids: where it begins, what it computes, what is saved."""
 
 from __future__ import annotations
 
@@ -7,47 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from cachequant.cache.feature_cache import FeatureCache
-from cachequant.config import ReconConfig
-from cachequant.quant.layers import QuantLayer, quantize_weight
-from cachequant.quant.learned import GAMMA, WARM_UP, ZETA, BlockData, LearnedLayer, Rows, train_block, unwhole
-from cachequant.types import ActivationTable, LayerQuant, Schedule, WeightGrid
-
-SETTINGS = ReconConfig(
-    iterations=300, batch_size=16, weight_lr=0.1, scale_lr=1e-3, zero_point_lr=1e-3, regulariser=10.0
-)
-WIDTHS = (3, 2)
-
-
-def table(scale: float, steps: int = 3) -> ActivationTable:
-    return ActivationTable(
-        torch.arange(0, 2 * steps, 2, dtype=torch.int32),
-        scale * torch.linspace(1.0, 1.5, steps), torch.full((steps,), 128.0), 8,
-    )  # fmt: skip
+from cachequant.types import WeightGrid
+from tests.learning import WIDTHS, convolution, inputs, learned_of, state_of
 
 
 @pytest.fixture
 def source() -> nn.Conv2d:
-    torch.manual_seed(0)
-    return nn.Conv2d(5, 4, 3, padding=1).requires_grad_(False)
-
-
-def state_of(source: nn.Conv2d, bits: int = 3) -> LayerQuant:
-    grids = tuple(quantize_weight(w, bits, "minmax") for w in source.weight.split(WIDTHS, dim=1))
-    return LayerQuant(grids, (table(0.02), table(0.03)), WIDTHS)
-
-
-def inputs(count: int = 32) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 1, 6, 6, generator=random) * torch.linspace(0.5, 1.5, 5).view(1, 5, 1, 1)  # channels alike
-    return x + 0.2 * torch.randn(count, 5, 6, 6, generator=random), torch.arange(count) % 5
-
-
-def learned_of(source: nn.Conv2d, state: LayerQuant, drop: float = 0.0) -> tuple[LearnedLayer, Rows]:
-    rows = Rows()
-    return LearnedLayer(source, state, rows, drop).eval(), rows
+    return convolution()
 
 
 def test_it_begins_at_the_real_weights_on_the_tables_rows(source: nn.Conv2d) -> None:
@@ -75,54 +43,6 @@ def test_untrained_it_is_hardened_to_the_integers_that_it_was_given(source: nn.C
         assert torch.equal(before.values, after.values) and torch.equal(before.zero_point, after.zero_point)
     for before, after in zip(state.inputs, made.inputs, strict=True):
         assert torch.equal(before.scale, after.scale) and torch.equal(before.steps, after.steps)
-
-
-def test_what_is_saved_computes_what_was_trained(source: nn.Conv2d) -> None:
-    """Errors that training reports are those of the quantised layer on the saved state."""
-    (x, steps), state = inputs(), state_of(source)
-    layer, rows = learned_of(source, state)
-    block = nn.Sequential(layer)
-    data = BlockData((x,), {}, source(x), steps)
-    before, after = train_block(block, {"0": layer}, data, rows, SETTINGS, "test")
-    clock, power = FeatureCache(Schedule((0,), 6, 6)), data.target.square().mean()
-    for saved, reported in ((state, before), (layer.hardened(), after)):
-        quantised = QuantLayer(source, saved, clock)
-        total = 0.0
-        for step in range(5):
-            clock.step = step
-            mine = steps == step
-            total += float((quantised(x[mine]) - data.target[mine]).square().sum())
-        assert total / data.target.numel() / float(power) == pytest.approx(reported, rel=1e-3)
-    assert after < 0.7 * before
-
-
-def test_roundings_are_whole_before_they_are_hardened(source: nn.Conv2d) -> None:
-    (x, steps), state = inputs(), state_of(source)
-    shares = {}
-    for regulariser in (0.0, 10.0):
-        layer, rows = learned_of(source, state)
-        settings = replace(SETTINGS, regulariser=regulariser)
-        train_block(nn.Sequential(layer), {"0": layer}, BlockData((x,), {}, source(x), steps), rows, settings, "test")
-        soft = torch.cat([h.flatten() for h in layer.soft()])
-        shares[regulariser] = float(((soft < 0.02) | (soft > 0.98)).float().mean())
-    assert shares[10.0] > 0.95 and shares[0.0] < 0.2
-
-
-def test_the_regulariser_lives_behind_the_warm_up(source: nn.Conv2d) -> None:
-    layer, _ = learned_of(source, state_of(source))
-    assert float(unwhole({"": layer}, 0.99 * WARM_UP)) == 0.0
-    value = unwhole({"": layer}, 0.99)
-    soft = torch.cat([h.flatten() for h in layer.soft()])
-    expected = (1 - (2 * soft - 1).abs().pow(2.0)).mean()  # β ends at 2
-    torch.testing.assert_close(value, expected)
-    value.backward()
-    for parameter, h in zip(layer.rounding, layer.soft(), strict=True):
-        sigmoid = torch.sigmoid(parameter.detach())
-        slope = (ZETA - GAMMA) * sigmoid * (1 - sigmoid)  # dh/dp: no h is at an end yet
-        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0
-        torch.testing.assert_close(parameter.grad, -4 * (2 * h.detach() - 1) * slope / len(soft))
-    others = [*layer.weight_shift, *layer.scale_shift, *layer.zero_point]
-    assert all(parameter.grad is None for parameter in others)
 
 
 @pytest.mark.parametrize("bias", [True, False])
