@@ -225,26 +225,36 @@ Tensor window_sums(const Tensor& q, int64_t zero, at::IntArrayRef place) {
   int64_t size[2];
   for (int i = 0; i < 2; ++i)
     size[i] = (q.size(1 + i) + 2 * place[4 + i] - place[6 + i] * (place[i] - 1) - 1) / place[2 + i] + 1;
-  std::vector<float> pixel(batch * height * width);
-  row_sums(q.const_data_ptr<uint8_t>(), batch * height * width, q.size(3), zero, pixel.data());
   Tensor out = at::empty({batch * size[0] * size[1]}, q.options().dtype(at::kFloat));
   float* sums = out.mutable_data_ptr<float>();
+  const int64_t pixels = batch * height * width;
+  if (place[0] * place[1] * place[2] * place[3] == 1 && place[4] + place[5] == 0) {  // every output reads its own pixel
+    row_sums(q.const_data_ptr<uint8_t>(), pixels, q.size(3), zero, sums);
+    return out;
+  }
+  std::vector<float> pixel(pixels);
+  row_sums(q.const_data_ptr<uint8_t>(), pixels, q.size(3), zero, pixel.data());
+  const int64_t border = place[5], span = width + 2 * border;  // of a line, zeros at both ends
   at::parallel_for(0, batch * size[0], 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> line(span);
     for (int64_t r = begin; r < end; ++r) {
       const float* picture = pixel.data() + r / size[0] * height * width;
       const int64_t top = r % size[0] * place[2] - place[4];
-      for (int64_t j = 0; j < size[1]; ++j) {
-        const int64_t left = j * place[3] - place[5];
-        float sum = 0.0f;
-        for (int64_t u = 0; u < place[0]; ++u) {
-          const int64_t y = top + u * place[6];
-          if (y < 0 || y >= height) continue;
-          for (int64_t v = 0; v < place[1]; ++v) {
-            const int64_t x = left + v * place[7];
-            if (x >= 0 && x < width) sum += picture[y * width + x];
-          }
-        }
-        sums[r * size[1] + j] = sum;
+      float* inside = line.data() + border;
+      std::fill(inside, inside + width, 0.0f);
+      for (int64_t u = 0; u < place[0]; ++u) {
+        const int64_t y = top + u * place[6];
+        if (y < 0 || y >= height) continue;
+        for (int64_t x = 0; x < width; ++x) inside[x] += picture[y * width + x];
+      }
+      float* row = sums + r * size[1];
+      std::fill(row, row + size[1], 0.0f);
+      for (int64_t v = 0; v < place[1]; ++v) {
+        const float* from = line.data() + v * place[7];
+        if (place[3] == 1)
+          for (int64_t j = 0; j < size[1]; ++j) row[j] += from[j];
+        else
+          for (int64_t j = 0; j < size[1]; ++j) row[j] += from[j * place[3]];
       }
     }
   });
@@ -253,20 +263,31 @@ Tensor window_sums(const Tensor& q, int64_t zero, at::IntArrayRef place) {
 
 // Group normalisation of concat(x, skip) + shift, SiLU if asked, then integers of each part on its grid (or floats).
 
-// Sums over pixels [begin, end) of x - x[0] and of its square, per channel.
+// Sums over pixels [begin, end) of x - x[0] and of its square, of kVectors vectors of channels from c on: side by side, so
+// that a pixel is read as it lies in memory.
+template <Terms kTerms, int kVectors>
+void block_sums(const Part& part, int64_t c, int64_t lanes, int64_t begin, int64_t end, float* sum, float* square) {
+  Vector pivot[kVectors], s[kVectors]{}, q[kVectors]{};
+  for (int v = 0; v < kVectors; ++v) pivot[v] = part.value<kTerms>(0, c + v * kLanes, lanes);
+  for (int64_t p = begin; p < end; ++p)
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector d = part.value<kTerms>(p, c + v * kLanes, lanes) - pivot[v];
+      s[v] += d;
+      q[v] += d * d;
+    }
+  for (int v = 0; v < kVectors; ++v) {
+    store(sum + c + v * kLanes, s[v], lanes);
+    store(square + c + v * kLanes, q[v], lanes);
+  }
+}
+
 template <Terms kTerms>
 void channel_sums(const Part& part, int64_t begin, int64_t end, float* sum, float* square) {
-  vectors(part.width, [&](int64_t c, int64_t lanes) {
-    const Vector pivot = part.value<kTerms>(0, c, lanes);
-    Vector s{}, q{};
-    for (int64_t p = begin; p < end; ++p) {
-      const Vector d = part.value<kTerms>(p, c, lanes) - pivot;
-      s += d;
-      q += d * d;
-    }
-    store(sum + c, s, lanes);
-    store(square + c, q, lanes);
-  });
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= part.width; c += 8 * kLanes) block_sums<kTerms, 8>(part, c, kLanes, begin, end, sum, square);
+  for (; c + 2 * kLanes <= part.width; c += 2 * kLanes) block_sums<kTerms, 2>(part, c, kLanes, begin, end, sum, square);
+  for (; c < part.width; c += kLanes)
+    block_sums<kTerms, 1>(part, c, std::min(kLanes, part.width - c), begin, end, sum, square);
 }
 
 template <Terms kTerms, bool kSilu, class Out, class Convert>
@@ -280,7 +301,7 @@ void apply_rows(const Part& part, int64_t begin, int64_t end, const float* a, co
 
 struct GroupNorm {
   Part parts[2];
-  int64_t count, batch, pixels, channels, groups;
+  int64_t count, batch, pixels, channels, groups, shift_stride;
   const float *gamma, *beta, *shift;
   double eps;
 
@@ -300,12 +321,14 @@ struct GroupNorm {
   void fold(int64_t b, const double* totals, float* a, float* offset) const {
     const int64_t width = channels / groups;
     const double n = static_cast<double>(pixels);
+    const float* pivot = offset;  // they lie there until the group's offsets take their place
+    pivots(b, offset);
     for (int64_t g = 0; g < groups; ++g) {
       double mean = 0.0, spread = 0.0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) mean += totals[c] / n + pivot(b, c) + added(b, c);
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) mean += totals[c] / n + pivot[c] + added(b, c);
       mean /= static_cast<double>(width);
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        const double m = totals[c] / n, d = m + pivot(b, c) + added(b, c) - mean;
+        const double m = totals[c] / n, d = m + pivot[c] + added(b, c) - mean;
         spread += std::max(totals[channels + c] / n - m * m, 0.0) + d * d;
       }
       const double inverse = 1.0 / std::sqrt(spread / static_cast<double>(width) + eps);
@@ -317,14 +340,19 @@ struct GroupNorm {
     }
   }
 
-  double pivot(int64_t b, int64_t c) const {
-    const Part part = sample(c < parts[0].width ? 0 : 1, b);
-    float x = 0.0f;
-    with_terms(part.terms(), [&](auto terms) { x = part.value<terms.value>(0, c - part.offset, 1)[0]; });
-    return x;
+  // x[0] of every channel of sample b.
+  void pivots(int64_t b, float* out) const {
+    for (int i = 0; i < count; ++i) {
+      const Part part = sample(i, b);
+      with_terms(part.terms(), [&](auto terms) {
+        vectors(part.width, [&](int64_t c, int64_t lanes) {
+          store(out + part.offset + c, part.value<terms.value>(0, c, lanes), lanes);
+        });
+      });
+    }
   }
 
-  double added(int64_t b, int64_t c) const { return shift == nullptr ? 0.0 : shift[b * channels + c]; }
+  double added(int64_t b, int64_t c) const { return shift == nullptr ? 0.0 : shift[b * shift_stride + c]; }
 };
 
 template <class Out, class Convert>
@@ -392,7 +420,8 @@ std::vector<Tensor> group_norm(const Tensor& x, const std::optional<Tensor>& oth
               "group_norm: channels do not fit groups or parameters");
   TORCH_CHECK(!skip || (skip->size(0) == x.size(0) && skip->size(1) == x.size(1)), "group_norm: x and skip differ");
   TORCH_CHECK(!other || other->sizes() == x.sizes(), "group_norm: x and other differ");
-  TORCH_CHECK(!shift || shift->numel() == x.size(0) * channels, "group_norm: shift must be [B, C]");
+  TORCH_CHECK(!shift || (shift->dim() == 2 && shift->size(1) == channels && (shift->size(0) == x.size(0) || shift->size(0) == 1)),
+              "group_norm: shift must be [B, C] or [1, C]");
   TORCH_CHECK(grids.empty() || grids.size() == (skip ? 6u : 3u), "group_norm: one grid per part");
   TORCH_CHECK(!sums || (columns && sums->size(0) == x.size(0) * x.size(1) && sums->size(1) <= 2 &&
                         columns->size(0) == sums->size(1) && columns->size(1) == x.size(2)), "group_norm: sums and columns do not fit");
@@ -400,7 +429,7 @@ std::vector<Tensor> group_norm(const Tensor& x, const std::optional<Tensor>& oth
   GroupNorm norm{{{floats(x), x.size(2), 0, other ? floats(*other) : nullptr, sums ? floats(*sums) : nullptr,
                    columns ? floats(*columns) : nullptr, outer},
                   {skip ? floats(*skip) : nullptr, rest, x.size(2)}},
-                 skip ? 2 : 1, x.size(0), x.size(1), channels, groups,
+                 skip ? 2 : 1, x.size(0), x.size(1), channels, groups, shift && shift->size(0) > 1 ? channels : 0,
                  floats(gamma), floats(beta), shift ? floats(*shift) : nullptr, eps};
   std::vector<Tensor> outputs;
   const auto type = grids.empty() ? at::kFloat : at::kByte;

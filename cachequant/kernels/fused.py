@@ -115,7 +115,7 @@ def group_norm(
         eps: of the normalisation.
         activate: SiLU behind the normalisation.
         grids: one per part, or () for float32 outputs.
-        shift: [B, C] added before the normalisation (the time embedding).
+        shift: [B, C], or [1, C] for all of them, added before the normalisation (the time embedding).
 
     Returns:
         One tensor [B, P, C_i] per part.

@@ -164,7 +164,10 @@ def _accelerated(context: Context, plan: Plan) -> Maker:
         adapter = context.adapter
         cache = cache_of(plan, adapter)
         backend = backend_of(context)
-        handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend) if plan.quant else None
+        handle = None
+        if plan.quant is not None:
+            shallow, timesteps = adapter.shallow_names(), context.timesteps
+            handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow, timesteps)
         adapter.rebuild()
         try:
             yield accelerated_step(adapter, cache, plan.correction), cache

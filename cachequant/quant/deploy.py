@@ -49,7 +49,7 @@ class Deployment:
         fused: name -> class of the blocks with a fused forward.
         simulation: the simulated layers and attention operands, or None.
         tables: the scales of every step, of a deployment on a GPU.
-        time: joint or tabled projections of timestep and class, of a deployment on a GPU.
+        time: joint or tabled projections of timestep and class.
         context: keys and values of cross-attention, of a deployment on a GPU that has any.
         home: where the replaced layers were; on a GPU they wait in the host's memory meanwhile.
     """
@@ -101,7 +101,11 @@ class Deployment:
 
 
 def deploy(
-    network: nn.Module, state: QuantState, clock: FeatureCache, correction: Correction | None = None
+    network: nn.Module,
+    state: QuantState,
+    clock: FeatureCache,
+    correction: Correction | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> Deployment:
     """Deploy every layer that the CPU backend supports; the others, and attention operands, are simulated.
 
@@ -110,10 +114,13 @@ def deploy(
         state: weights and tables.
         clock: tells the step.
         correction: maps of the layers' products.
+        timesteps: of all steps, where no step is ever run at another one: their embedding is then computed once a plan.
 
     Raises:
         UserError: of `fitting_layers`; the network is then as it was.
     """
+    from cachequant.quant.stepped_embedding import step_embedding
+
     handle, others = Deployment(network), dict[str, LayerQuant]()
     with handle.whole_or_not_at_all():
         for name, source, layer, maps in fitting_layers(network, state, correction):
@@ -125,6 +132,8 @@ def deploy(
             if source.weight.is_meta:  # nothing else but the plan is in memory: keep it so
                 trim_heap()
         handle.simulate(QuantState(others, state.operands), clock, correction)
+        stepped = None if timesteps is None else step_embedding(network, clock, timesteps)
+        handle.time += [] if stepped is None else [stepped]
         handle.fused = fuse(network)
     return handle
 
@@ -181,7 +190,7 @@ def deploy_on_device(
         tables.freeze(timesteps)
         chosen = FORWARDS if forwards is None else forwards
         if "ResnetBlock2D" in chosen:
-            stepped = None if timesteps is None else step_embedding(network, clock, tables, timesteps)
+            stepped = None if timesteps is None else step_embedding(network, clock, timesteps, tables)
             handle.time += share_time_projections(network, shallow) if stepped is None else [stepped]
         if "BasicTransformerBlock" in chosen:
             handle.time += share_adaptive_conditions(network, clock, tables, shallow, timesteps)
@@ -205,7 +214,7 @@ def attach(
         network, state, clock, correction: of `deploy`.
         backend: of `cachequant.kernels.backend.choose_backend`.
         shallow: names of the modules that a cached step runs, which a GPU's backend lays out together.
-        timesteps: of all steps, of which a GPU's backend makes tables; None where steps may be run at others.
+        timesteps: of all steps, of which backends make tables; None where steps may be run at others.
 
     Raises:
         UserError: the state or the correction is not of this network, which is then as it was.
@@ -218,4 +227,4 @@ def attach(
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:
         return deploy_on_device(network, state, clock, correction, shallow=shallow, timesteps=timesteps)
-    return deploy(network, state, clock, correction)
+    return deploy(network, state, clock, correction, timesteps)

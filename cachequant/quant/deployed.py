@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.widths, self.clock = Geometry.of(source), state.widths, clock
+        self.time: Any = None  # a resnet's first convolution carries the table of its time embedding
         self._source = (source,)  # a tuple hides it from the module tree
         self.packed = [PackedWeight.of(grid, self.geometry) for grid in state.weights]
         self.scales = [grid.scale.float().contiguous() for grid in state.weights]  # oneDNN reads them as they lie

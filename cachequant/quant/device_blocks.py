@@ -49,7 +49,7 @@ class DeviceResnet(blocks.FusedResnet):
         hidden = self.conv1.output(made[: len(parts)], dtype)  # [B, H, W, O]
         shift = None
         if temb is not None and self.conv1.time is not None:
-            shift = self.conv1.time.of(self, temb)  # [B, O]
+            shift = self.conv1.time.of(self, temb).expand(len(temb), -1)  # [B, O]
         elif temb is not None and self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).contiguous()
         integers = normalise(self.norm2, [hidden], self.conv2, shift, True)

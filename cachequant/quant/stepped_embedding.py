@@ -9,55 +9,90 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.quant.device_blocks import DeviceResnet
-from cachequant.quant.device_layers import DeviceLayer
+from cachequant.quant.blocks import FusedResnet
 from cachequant.quant.step_tables import StepTables
 
 
 class SteppedEmbedding:
     """`time_emb_proj(SiLU(time_embedding(t)))` of all resnets of a U-Net for the timestep of every step.
 
-    Embedding and projections run once for each step, with the integers of that step where they are quantised, so that the
-    numbers are those of computing them anew. In their place the network then has modules that do nothing, until `release`.
+    Embedding and projections run once for each step, on one row, with the integers of that step where they are quantised:
+    the numbers are those of computing them anew. A GPU's tables follow them, so they run ahead; on a CPU they run when a
+    step first asks. In their place the network then has modules that do nothing, until `release`.
 
     Args:
         network: a U-Net with deployed layers that `step_embedding` has found fit.
         resnets: its blocks with a projection of the embedding.
         clock: tells the step; it is where it was afterwards.
-        tables: frozen; they keep the row of the current step.
         timesteps: of all steps.
+        tables: frozen; they keep the row of the current step. None on a CPU.
     """
 
     def __init__(
-        self, network: Any, resnets: Sequence[Any], clock: FeatureCache, tables: StepTables, timesteps: Sequence[int]
+        self,
+        network: Any,
+        resnets: Sequence[Any],
+        clock: FeatureCache,
+        timesteps: Sequence[int],
+        tables: StepTables | None = None,
     ) -> None:
-        self.network = network
+        self.network, self._clock, self._timesteps = network, clock, timesteps
         self._originals = network.time_proj, network.time_embedding
-        rows = [_projections(network, resnets, clock, tables, step, timesteps[step]) for step in range(len(timesteps))]
-        row = tables.follow(torch.stack([torch.cat(parts) for parts in rows]))  # [Σ C]
-        sizes = [len(part) for part in rows[0]]
-        self._parts = {id(resnet): part for resnet, part in zip(resnets, row.split(sizes), strict=True)}
+        self._embedded: dict[int, Tensor] = {}  # step -> [1, E]
+        self._rows: dict[tuple[int, int], Tensor] = {}  # step and resnet -> [1, C]
+        self._followed: dict[int, Tensor] = {}
+        if tables is not None:
+            made = [[self._row(step, resnet) for resnet in resnets] for step in range(len(timesteps))]
+            row = tables.follow(torch.cat([torch.cat(parts, dim=1) for parts in made]))  # [Σ C]
+            parts = row[None].split([part.shape[1] for part in made[0]], dim=1)
+            self._followed = {id(resnet): part for resnet, part in zip(resnets, parts, strict=True)}
+            self._rows.clear()
         network.time_proj, network.time_embedding = _Column(), _Same()
         for resnet in resnets:
             resnet.conv1.time = self
 
     def of(self, resnet: Any, temb: Tensor) -> Tensor:
-        """The projection [B, C] for one resnet at the current step, one row for the whole batch of `temb` [B, ·]."""
-        return self._parts[id(resnet)].expand(len(temb), -1)
+        """The projection [1, C] for one resnet at the current step, whatever the rows of `temb` [B, ·] are."""
+        followed = self._followed.get(id(resnet))
+        if followed is not None:
+            return followed
+        key = self._clock.step, id(resnet)
+        if key not in self._rows:
+            self._rows[key] = self._row(self._clock.step, resnet)
+        return self._rows[key]
 
     def release(self) -> None:
         """Give the network its embedding back."""
         self.network.time_proj, self.network.time_embedding = self._originals
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _row(self, step: int, resnet: Any) -> Tensor:
+        """The projection [1, C] for one resnet at one step."""
+        with self._clock.at(step):
+            if step not in self._embedded:
+                self._embedded[step] = self._embed(self._timesteps[step])
+            temb = self._embedded[step]
+            made: Tensor = resnet.time_emb_proj(temb if resnet.skip_time_act else resnet.nonlinearity(temb))
+            return made
+
+    def _embed(self, timestep: int) -> Tensor:
+        """The embedding [1, E] of one timestep."""
+        project, embed = self._originals
+        weight = next(p for p in self.network.parameters() if p.is_floating_point() and not p.is_meta)
+        given = project(torch.tensor([timestep], device=weight.device)).to(weight.dtype)  # [1, F]
+        made: Tensor = embed(given)
+        return made
+
 
 def step_embedding(
-    network: Any, clock: FeatureCache, tables: StepTables, timesteps: Sequence[int]
+    network: Any, clock: FeatureCache, timesteps: Sequence[int], tables: StepTables | None = None
 ) -> SteppedEmbedding | None:
     """Table a U-Net's embedding; None where something beside the timestep is part of it, or reads it elsewhere."""
     resnets = [module for module in network.modules() if getattr(module, "time_emb_proj", None) is not None]
     if not resnets or not _alone(network) or not all(_reads_row(resnet) for resnet in resnets):
         return None
-    return SteppedEmbedding(network, resnets, clock, tables, timesteps)
+    return SteppedEmbedding(network, resnets, clock, timesteps, tables)
 
 
 def _alone(network: Any) -> bool:
@@ -75,27 +110,12 @@ def _alone(network: Any) -> bool:
 
 def _reads_row(resnet: Any) -> bool:
     """A resnet whose fused forward takes the projection from `conv1.time`."""
-    return type(resnet).__name__ == "ResnetBlock2D" and DeviceResnet.fits(resnet) and _runs_ahead(resnet.time_emb_proj)
+    return type(resnet).__name__ == "ResnetBlock2D" and FusedResnet.fits(resnet) and _runs_ahead(resnet.time_emb_proj)
 
 
 def _runs_ahead(layer: nn.Module) -> bool:
     """A plain or deployed layer, or an activation."""
-    return type(layer) in (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU) or isinstance(layer, DeviceLayer)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _projections(
-    network: Any, resnets: Sequence[Any], clock: FeatureCache, tables: StepTables, step: int, timestep: int
-) -> list[Tensor]:
-    """The projections [C] of every resnet at one step."""
-    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point() and not p.is_meta)
-    given = network.time_proj(torch.tensor([timestep], device=tables.device)).to(dtype)  # [1, F]
-    with clock.at(step):
-        temb = network.time_embedding(given)  # [1, E]
-        return [
-            resnet.time_emb_proj(temb if resnet.skip_time_act else resnet.nonlinearity(temb))[0] for resnet in resnets
-        ]
+    return type(layer) in (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU) or hasattr(layer, "deployed")
 
 
 class _Column(nn.Module):

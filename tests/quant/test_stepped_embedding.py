@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import adapter
 from cachequant.pipeline.graphs import GraphedAdapter
 from cachequant.quant.convert import LayerPlan, fresh_state, install
-from cachequant.quant.deploy import deploy_on_device
+from cachequant.quant.deploy import deploy, deploy_on_device
 from cachequant.quant.layers import Mode
 from cachequant.quant.stepped_embedding import SteppedEmbedding
 from cachequant.types import QuantState, Schedule
@@ -59,14 +60,15 @@ def quantised(network: Any, time: bool, *inputs: Any) -> QuantState:
 @torch.no_grad()
 @pytest.mark.parametrize("time", [False, True], ids=["embedding in float", "embedding in integers"])
 @pytest.mark.parametrize("conditional", [False, True])
-def test_a_row_of_the_table_is_what_the_step_would_compute(conditional: bool, time: bool) -> None:
+@pytest.mark.parametrize("deployed", [deploy, partial(deploy_on_device, device=CPU)], ids=["cpu", "cuda's tables"])
+def test_a_row_of_the_table_is_what_the_step_would_compute(deployed: Any, conditional: bool, time: bool) -> None:
     network, inputs = unet(conditional), (torch.randn(2, 5, 8),) if conditional else ()
     state, clock = quantised(network, time, *inputs), FeatureCache(SCHEDULE)
     before = {name: id(module) for name, module in network.named_modules()}
     full = [network(sample(step), timestep, *inputs).sample for step, timestep in enumerate(TIMESTEPS)]
     outputs = []
     for timesteps in (None, TIMESTEPS):
-        made = deploy_on_device(network, state, clock, device=CPU, timesteps=timesteps)
+        made = deployed(network, state, clock, timesteps=timesteps)
         assert any(isinstance(joint, SteppedEmbedding) for joint in made.time) == (timesteps is not None)
         assert clock.step == 0
         found = []
@@ -103,11 +105,12 @@ def test_a_graph_looks_its_timestep_up() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("deployed", [deploy, partial(deploy_on_device, device=CPU)], ids=["cpu", "cuda's tables"])
 @pytest.mark.parametrize("changes", [{"num_class_embeds": 4}, {"resnet_time_scale_shift": "scale_shift"}])
-def test_what_is_not_the_timestep_alone_is_computed(changes: dict[str, Any]) -> None:
+def test_what_is_not_the_timestep_alone_is_computed(deployed: Any, changes: dict[str, Any]) -> None:
     network = unet(**changes)
     inputs = (torch.tensor([1, 3]),) if "num_class_embeds" in changes else ()
     state, clock = quantised(network, False, *inputs), FeatureCache(SCHEDULE)
-    made = deploy_on_device(network, state, clock, device=CPU, timesteps=TIMESTEPS)
+    made = deployed(network, state, clock, timesteps=TIMESTEPS)
     assert not any(isinstance(joint, SteppedEmbedding) for joint in made.time)
     made.remove()
