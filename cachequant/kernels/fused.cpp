@@ -527,6 +527,7 @@ void columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
   constexpr int kStep = kVectors == 1 ? 12 : kVectors == 2 ? 12 : kVectors == 3 ? 8 : 6;
   int64_t r = 0;
   for (; r + kStep <= rows; r += kStep) tile<kStep, kVectors>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+  for (; r + 4 <= rows; r += 4) tile<4, kVectors>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
   for (; r < rows; ++r) tile<1, kVectors>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
 }
 
@@ -591,7 +592,7 @@ struct Attention {
 
   int64_t size = round_up(keys, kPanel) * width + padded_keys * padded_width;
 
-  // Keys as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one head.
+  // Keys times the scale as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one head.
   void pack(int64_t task, float* panels) const {
     const int64_t b = task / heads, h = task % heads;
     const float *k = key + b * keys * row_k + h * width, *v = value + b * keys * row_v + h * width;
@@ -599,7 +600,7 @@ struct Attention {
       for (int64_t d = 0; d < width; d += kLanes) {
         const int64_t count = std::min(kLanes, width - d);
         Vector tile[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) tile[i] = j + i < keys ? load(k + (j + i) * row_k + d, count) : Vector{};
+        for (int64_t i = 0; i < kLanes; ++i) tile[i] = j + i < keys ? load(k + (j + i) * row_k + d, count) * scale : Vector{};
         transpose(tile);
         float* column = panels + j / kPanel * kPanel * width + d * kPanel + j % kPanel;
         for (int64_t i = 0; i < count; ++i) store(column + i * kPanel, tile[i]);
@@ -618,17 +619,14 @@ struct Attention {
   void block(int64_t task, int64_t begin, int64_t end, float* panels, float* scores, float* out) const {
     const float* v = values_of(panels);
     const int64_t b = task / heads, h = task % heads, rows = end - begin;
-    float scaled[kQueries * 512], top[kQueries], sum[kQueries];
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* row = query + (b * queries + begin + r) * row_q + h * width;
-      for (int64_t d = 0; d < width; ++d) scaled[r * width + d] = row[d] * scale;
-      top[r] = std::numeric_limits<float>::lowest();
-      sum[r] = 0.0f;
-    }
+    const float* rows_q = query + (b * queries + begin) * row_q + h * width;
+    float top[kQueries], sum[kQueries];
+    std::fill(top, top + rows, std::numeric_limits<float>::lowest());
+    std::fill(sum, sum + rows, 0.0f);
     for (int64_t start = 0; start < keys; start += kKeys) {
       const int64_t count = std::min(kKeys, keys - start), padded = round_up(count, kLanes);
       for (int64_t j = 0; j < padded; j += kPanel)
-        multiply(scaled, width, panels + (start + j) * width, kPanel, scores + j, kKeys, rows, std::min(kPanel, padded - j),
+        multiply(rows_q, row_q, panels + (start + j) * width, kPanel, scores + j, kKeys, rows, std::min(kPanel, padded - j),
                  width, false);
       for (int64_t r = 0; r < rows; ++r) {
         const float shrink = softmax_row(scores + r * kKeys, count, padded, top[r], sum[r]);
@@ -637,8 +635,10 @@ struct Attention {
       }
       multiply(scores, kKeys, v + start * padded_width, padded_width, out, padded_width, rows, padded_width, padded, start > 0);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < padded_width; ++d) out[r * padded_width + d] /= sum[r];
+    for (int64_t r = 0; r < rows; ++r) {
+      const float whole = 1.0f / sum[r];
+      for (int64_t d = 0; d < padded_width; ++d) out[r * padded_width + d] *= whole;
+    }
   }
 };
 
@@ -657,6 +657,32 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
   const bool quantized = !grid.empty();
   Tensor out = at::empty(query.sizes(), query.options().dtype(quantized ? at::kByte : at::kFloat));
   const int64_t tasks = job.batch * heads, blocks = (job.queries + kQueries - 1) / kQueries;
+  // Blocks [first, last) of one head, whose operands are packed in `panels`.
+  const auto run = [&](int64_t t, int64_t first, int64_t last, float* panels, float* scores, float* rows) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i * kQueries, end = std::min(begin + kQueries, job.queries);
+      job.block(t, begin, end, panels, scores, rows);
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t place = (t / heads * job.queries + r) * channels + t % heads * width;
+        const float* row = rows + (r - begin) * job.padded_width;
+        if (quantized)
+          quantize_row(row, out.mutable_data_ptr<uint8_t>() + place, width, grid_of(grid, 0));
+        else
+          std::copy(row, row + width, out.mutable_data_ptr<float>() + place);
+      }
+    }
+  };
+  const int64_t threads = at::get_num_threads();
+  if (tasks % threads == 0 || tasks >= 8 * threads) {  // a head per task: what is packed stays in the core's cache
+    at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      std::vector<float> panels(job.size), scores(kQueries * kKeys), rows(kQueries * job.padded_width);
+      for (int64_t t = first; t < last; ++t) {
+        job.pack(t, panels.data());
+        run(t, 0, blocks, panels.data(), scores.data(), rows.data());
+      }
+    });
+    return out;
+  }
   Tensor packed = at::empty({tasks, job.size}, query.options());
   float* buffer = packed.mutable_data_ptr<float>();
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
@@ -664,18 +690,8 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
   });
   at::parallel_for(0, tasks * blocks, 1, [&](int64_t first, int64_t last) {
     std::vector<float> scores(kQueries * kKeys), rows(kQueries * job.padded_width);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t t = i / blocks, begin = i % blocks * kQueries, end = std::min(begin + kQueries, job.queries);
-      job.block(t, begin, end, buffer + t * job.size, scores.data(), rows.data());
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t place = (t / heads * job.queries + r) * channels + t % heads * width;
-        const float* row = rows.data() + (r - begin) * job.padded_width;
-        if (quantized)
-          quantize_row(row, out.mutable_data_ptr<uint8_t>() + place, width, grid_of(grid, 0));
-        else
-          std::copy(row, row + width, out.mutable_data_ptr<float>() + place);
-      }
-    }
+    for (int64_t i = first; i < last; ++i)
+      run(i / blocks, i % blocks, i % blocks + 1, buffer + i / blocks * job.size, scores.data(), rows.data());
   });
   return out;
 }
