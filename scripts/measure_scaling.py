@@ -3,8 +3,9 @@
     python scripts/measure_scaling.py PLAN --workers 1,2 --count 512 --batch-size 16 --rounds 3 [--device cuda] [--json FILE]
 
 Each number of workers draws the same images into an empty folder, in turn, `--rounds` times; its seconds are the median.
-Loading the model is not timed, the wait for the last worker is. Choose a count that takes minutes, and a multiple of
-workers × shard (64 images, or the batch size where that is larger), so that every worker has as much to do.
+Loading the model is not timed, the wait for the last worker is. A batch that is drawn before and not counted leaves compiled
+and tuned kernels on disk, which the first run would else make while it is timed. Choose a count that takes minutes, and a
+multiple of workers × shard (64 images, or the batch size where that is larger), so that every worker has as much to do.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from cachequant.errors import UserError
 from cachequant.storage import load_json, save_json
 
 
-def measure(args: argparse.Namespace, workers: int) -> dict[str, float]:
-    """Draw all images with so many workers: {workers, images, seconds}."""
+def measure(args: argparse.Namespace, workers: int, count: int) -> dict[str, float]:
+    """Draw so many images with so many workers: {workers, images, seconds}."""
     with tempfile.TemporaryDirectory() as scratch:
         note = Path(scratch) / "note.json"
         command = [sys.executable, "-m", "cachequant", "sample", str(args.plan), str(Path(scratch) / "images")]
-        command += ["--count", str(args.count), "--set", f"sample.batch_size={args.batch_size}"]
+        command += ["--count", str(count), "--set", f"sample.batch_size={args.batch_size}"]
         command += ["--device", args.device, "--devices", str(workers), "--json", str(note)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.rounds < 1:
             raise UserError(f"--rounds is {args.rounds}, expected at least 1")
         numbers = [int(workers) for workers in args.workers.split(",")]
-        rows = compare([measure(args, workers) for _ in range(args.rounds) for workers in numbers])
+        measure(args, numbers[0], args.batch_size)
+        rows = compare([measure(args, workers, args.count) for _ in range(args.rounds) for workers in numbers])
         for row in rows:
             print("{workers:3d} workers {images_per_second:9.3f} images/s {speed_up:6.2f}×".format(**row))
         if args.json is not None:

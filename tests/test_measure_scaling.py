@@ -29,6 +29,23 @@ def test_speed_up_and_efficiency_are_of_the_medians_over_the_first_row(script: d
     assert [row["efficiency"] for row in rows] == [1.0, 1.0, 0.5]
 
 
+def test_a_batch_before_the_rounds_is_not_counted(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def measured(_: Any, workers: int, count: int) -> dict[str, float]:
+        calls.append((workers, count))
+        return {"workers": workers, "images": count, "seconds": 99.0 if len(calls) == 1 else 8.0 / workers}
+
+    rows: list[list[dict[str, Any]]] = []
+    inside = script["main"].__globals__
+    compare = inside["compare"]
+    monkeypatch.setitem(inside, "measure", measured)
+    monkeypatch.setitem(inside, "compare", lambda runs: rows.append(compare(runs)) or rows[-1])
+    assert script["main"](["plan", "--workers", "1,2", "--count", "640", "--batch-size", "64", "--rounds", "2"]) == 0
+    assert calls == [(1, 64), *[(1, 640), (2, 640)] * 2]
+    assert [row["speed_up"] for row in rows[0]] == [1.0, 2.0]
+
+
 def test_no_rounds_are_refused(script: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert script["main"](["plan", "--rounds", "0"]) == 2
     assert capsys.readouterr().err.strip() == "error: --rounds is 0, expected at least 1"
