@@ -21,11 +21,9 @@ from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.machine import processor_name
-from cachequant.pipeline.sample import backend_of
-from cachequant.pipeline.step import accelerated_step, cache_of
+from cachequant.pipeline.sample import at_work, backend_of
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
-from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction
 
@@ -161,20 +159,8 @@ def _accelerated(context: Context, plan: Plan) -> Maker:
     @contextmanager
     def make() -> Iterator[tuple[StepFunction, FeatureCache]]:
         """The denoiser with the plan attached, taken off again at the end."""
-        adapter = context.adapter
-        cache = cache_of(plan, adapter)
-        backend = backend_of(context)
-        handle = None
-        if plan.quant is not None:
-            shallow, timesteps = adapter.shallow_names(), context.timesteps
-            handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow, timesteps)
-        adapter.rebuild()
-        try:
-            yield accelerated_step(adapter, cache, plan.correction), cache
-        finally:
-            if handle is not None:
-                handle.remove()
-            adapter.rebuild()
+        with at_work(context, plan) as running:
+            yield running.step, running.cache
 
     return make
 

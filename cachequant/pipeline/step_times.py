@@ -15,13 +15,10 @@ from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import device_of, on_card
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
-from cachequant.pipeline.graphed_step import deployed_step
 from cachequant.pipeline.hook import Call, StepFunction
-from cachequant.pipeline.sample import backend_of
-from cachequant.pipeline.step import cache_of
+from cachequant.pipeline.sample import at_work
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
-from cachequant.quant.deploy import attach
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction
 
@@ -80,26 +77,14 @@ Kinds = dict[bool, dict[int, list[float]]]
 
 def _time_run(context: Context, plan: Plan) -> tuple[float, list[int], Kinds]:
     """A whole run in milliseconds, rows of each evaluation, and times by (whether it was full, rows)."""
-    adapter, backend = context.adapter, backend_of(context)
-    cuda = device_of(adapter.denoiser).type == "cuda"
-    cache = cache_of(plan, adapter)
-    handle = None
-    if plan.quant is not None:
-        shallow = adapter.shallow_names()
-        handle = attach(adapter.denoiser, plan.quant, cache, plan.correction, backend, shallow, context.timesteps)
-    adapter.rebuild()
-    try:
-        clock = _Clock(deployed_step(adapter, cache, plan.correction, handle), cache, cuda)
+    card = device_of(context.adapter.denoiser)
+    with at_work(context, plan) as running, on_card(card):
+        clock = _Clock(running.step, running.cache, card.type == "cuda")
         settings = context.config.sample
         seeds = list(range(settings.seed, settings.seed + settings.batch_size))
-        with on_card(device_of(adapter.denoiser)):
-            start = clock.now()
-            context.trajectories(clock, cache, seeds, "1 step times", len(seeds))
-            return clock.now() - start - clock.warming, *clock.found()
-    finally:
-        if handle is not None:
-            handle.remove()
-        adapter.rebuild()
+        start = clock.now()
+        context.trajectories(clock, running.cache, seeds, "1 step times", len(seeds))
+        return clock.now() - start - clock.warming, *clock.found()
 
 
 class _Clock:

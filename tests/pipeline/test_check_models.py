@@ -1,0 +1,50 @@
+"""The script that holds real integers against their simulation, on the CPU's integers and few steps."""
+
+from __future__ import annotations
+
+import runpy
+from typing import Any
+
+import pytest
+import torch
+
+from cachequant.config import load_config, repository_folder
+from cachequant.kernels.cpu import unavailable
+from cachequant.models.loading import load_pipeline
+from cachequant.pipeline.context import Context
+from cachequant.pipeline.stages import Stages
+
+ROOT = repository_folder()
+SETTINGS = (
+    "sampler.steps=4", "cache.interval=2", "calibration.samples=2", "calibration.batch_size=2", "method=naive",
+    "quant.attention_bits=null", "sample.batch_size=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts" / "gpu" / "check_models.py"))
+
+
+def test_distance_is_relative_over_all_evaluations(script: dict[str, Any]) -> None:
+    theirs = [torch.full((2, 3), 3.0), torch.full((2, 3), 4.0)]
+    assert script["apart"](theirs, theirs) == 0.0
+    assert script["apart"]([theirs[0], theirs[1] + 1.0], theirs) == pytest.approx((6 / (6 * 9 + 6 * 16)) ** 0.5)
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_evaluations_of_a_run_are_computed_again_from_the_same_samples(script: dict[str, Any], tmp_path: Any) -> None:
+    config = load_config(ROOT / "configs" / "fashion.yaml", [*SETTINGS, "backend=simulated"])
+    pipe = load_pipeline(config.model, "cpu")
+    context = Context.of(pipe, config)
+    plan, _ = Stages.at(context, tmp_path, quiet=True).plan()
+    seen = script["evaluations"](context, plan, [0, 1])
+    assert [evaluation.step for evaluation in seen] == [0, 1, 2, 3]
+    outputs = [evaluation.output for evaluation in seen]
+    assert (
+        script["apart"](script["again"](context, plan, seen), outputs) < 1e-6
+    )  # cached steps have their features again
+    exact = script["again"](context, None, seen)
+    assert script["apart"](outputs, exact) > 1e-3
+    integers = Context.of(pipe, load_config(ROOT / "configs" / "fashion.yaml", [*SETTINGS, "backend=cpu-int8"]))
+    assert script["apart"](script["again"](integers, plan, seen), outputs) < 0.5 * script["apart"](outputs, exact)
