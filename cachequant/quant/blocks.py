@@ -74,7 +74,7 @@ class FusedResnet(Fused):
         hidden = self.conv1.open(_normalise(self.norm1, parts, self.conv1.grids()))  # [B·P, O]
         shift = None
         if temb is not None and self.conv1.time is not None:
-            shift = self.conv1.time.of(self, temb)  # [1, O]
+            shift = self.conv1.time.of(self, temb).float()  # [1, O]
         elif temb is not None and self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))  # [B, O]
         norm, batch = self.norm2, len(parts[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class SteppedEmbedding:
             parts = row[None].split([part.shape[1] for part in made[0]], dim=1)
             self._followed = {id(resnet): part for resnet, part in zip(resnets, parts, strict=True)}
             self._rows.clear()
-        network.time_proj, network.time_embedding = _Column(), _Same()
+        network.time_proj, network.time_embedding = _Column(network.time_proj), _Same(network.time_embedding)
         for resnet in resnets:
             resnet.conv1.time = self
 
@@ -118,14 +118,27 @@ def _runs_ahead(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU) or hasattr(layer, "deployed")
 
 
-class _Column(nn.Module):
+class _InPlaceOf(nn.Module):
+    """Stands where a module stood, which `.to()` still reaches."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._original = (original,)  # a tuple hides it from the module tree
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _InPlaceOf:
+        self._original[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+
+class _Column(_InPlaceOf):
     """Timesteps [B] as a column [B, 1]."""
 
     def forward(self, timesteps: Tensor) -> Tensor:
         return timesteps[:, None]
 
 
-class _Same(nn.Module):
+class _Same(_InPlaceOf):
     """What it is given."""
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
