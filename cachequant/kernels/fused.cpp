@@ -420,7 +420,8 @@ std::vector<Tensor> group_norm(const Tensor& x, const std::optional<Tensor>& oth
               "group_norm: channels do not fit groups or parameters");
   TORCH_CHECK(!skip || (skip->size(0) == x.size(0) && skip->size(1) == x.size(1)), "group_norm: x and skip differ");
   TORCH_CHECK(!other || other->sizes() == x.sizes(), "group_norm: x and other differ");
-  TORCH_CHECK(!shift || (shift->dim() == 2 && shift->size(1) == channels && (shift->size(0) == x.size(0) || shift->size(0) == 1)),
+  TORCH_CHECK(!shift || (shift->dim() == 2 && shift->size(1) == channels &&
+                         (shift->size(0) == x.size(0) || shift->size(0) == 1)),
               "group_norm: shift must be [B, C] or [1, C]");
   TORCH_CHECK(grids.empty() || grids.size() == (skip ? 6u : 3u), "group_norm: one grid per part");
   TORCH_CHECK(!sums || (columns && sums->size(0) == x.size(0) * x.size(1) && sums->size(1) <= 2 &&
@@ -592,7 +593,8 @@ struct Attention {
 
   int64_t size = round_up(keys, kPanel) * width + padded_keys * padded_width;
 
-  // Keys times the scale as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one head.
+  // Keys times the scale as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one
+  // head.
   void pack(int64_t task, float* panels) const {
     const int64_t b = task / heads, h = task % heads;
     const float *k = key + b * keys * row_k + h * width, *v = value + b * keys * row_v + h * width;

@@ -17,11 +17,11 @@ from torch import Tensor
 from cachequant import __version__
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
+from cachequant.pipeline.at_work import at_work, backend_of
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
 from cachequant.pipeline.machine import processor_name
-from cachequant.pipeline.sample import at_work, backend_of
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
 from cachequant.schedule import uniform_schedule

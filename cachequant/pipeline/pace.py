@@ -9,9 +9,9 @@ import torch
 
 from cachequant.budget import Allowance, refreshes_within
 from cachequant.config import CacheConfig
+from cachequant.pipeline.at_work import backend_of
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.machine import machine_name
-from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.step_times import StepTimes, measure_step_times
 from cachequant.pipeline.store import StageStore
 from cachequant.storage import load_json, save_json

@@ -16,6 +16,7 @@ from cachequant.budget import Allowance
 from cachequant.correction import Moments
 from cachequant.costs import COSTS
 from cachequant.models.skeleton import remainder_of
+from cachequant.pipeline.at_work import backend_of
 from cachequant.pipeline.calibrate import Calibration, StepInput, choose_schedule, gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.dec_cache import solve_maps
@@ -25,7 +26,6 @@ from cachequant.pipeline.pace import within_budget
 from cachequant.pipeline.quant_params import calibrate_quantisers, quantise_weights
 from cachequant.pipeline.reconstruct import reconstruct
 from cachequant.pipeline.round_weights import needing, round_weights
-from cachequant.pipeline.sample import backend_of
 from cachequant.pipeline.store import StageStore
 from cachequant.pipeline.walk import Walk
 from cachequant.plan import Plan

@@ -13,10 +13,10 @@ from torch import Tensor
 from cachequant.budget import Allowance
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.models.adapter import device_of, on_card
+from cachequant.pipeline.at_work import at_work
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
-from cachequant.pipeline.sample import at_work
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
 from cachequant.schedule import uniform_schedule

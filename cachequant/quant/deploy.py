@@ -21,12 +21,12 @@ from cachequant.quant.convert import QuantizedNetwork, fitting_layers, install, 
 from cachequant.quant.deployed import IntegerLayer
 from cachequant.quant.formats import only_simulated
 from cachequant.quant.step_tables import StepTables
+from cachequant.quant.stepped_embedding import SteppedEmbedding, step_embedding
 from cachequant.quant.time_projections import TimeProjections, share_time_projections
 from cachequant.types import Correction, LayerQuant, QuantState
 
 if TYPE_CHECKING:
     from cachequant.quant.adaptive_conditions import AdaptiveConditions
-    from cachequant.quant.stepped_embedding import SteppedEmbedding
 
 HOST = torch.device("cpu")
 
@@ -119,8 +119,6 @@ def deploy(
     Raises:
         UserError: of `fitting_layers`; the network is then as it was.
     """
-    from cachequant.quant.stepped_embedding import step_embedding
-
     handle, others = Deployment(network), dict[str, LayerQuant]()
     with handle.whole_or_not_at_all():
         for name, source, layer, maps in fitting_layers(network, state, correction):
@@ -166,7 +164,6 @@ def deploy_on_device(
     from cachequant.quant.adaptive_conditions import share_adaptive_conditions
     from cachequant.quant.device_blocks import FORWARDS, context_operands
     from cachequant.quant.device_layers import DeviceLayer, join
-    from cachequant.quant.stepped_embedding import step_embedding
 
     handle, others = Deployment(network), dict[str, LayerQuant]()
     place = device or next(p.device for p in network.parameters() if not p.is_meta)

@@ -46,7 +46,7 @@ class SteppedEmbedding:
             row = tables.follow(torch.cat([torch.cat(parts, dim=1) for parts in made]))  # [Σ C]
             parts = row[None].split([part.shape[1] for part in made[0]], dim=1)
             self._followed = {id(resnet): part for resnet, part in zip(resnets, parts, strict=True)}
-            self._rows.clear()
+            self._embedded.clear()
         network.time_proj, network.time_embedding = _Column(network.time_proj), _Same(network.time_embedding)
         for resnet in resnets:
             resnet.conv1.time = self

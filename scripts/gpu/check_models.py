@@ -26,9 +26,10 @@ from torch import Tensor
 from cachequant.config import load_config
 from cachequant.evaluation.paired import psnr
 from cachequant.models.loading import load_pipeline
+from cachequant.pipeline.at_work import at_work
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.hook import Call
-from cachequant.pipeline.sample import at_work, draw
+from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 from cachequant.plan import Plan
 
