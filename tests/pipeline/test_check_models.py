@@ -12,6 +12,7 @@ from cachequant.config import load_config, repository_folder
 from cachequant.kernels.cpu import unavailable
 from cachequant.models.loading import load_pipeline
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.hook import Call
 from cachequant.pipeline.stages import Stages
 
 ROOT = repository_folder()
@@ -48,3 +49,20 @@ def test_evaluations_of_a_run_are_computed_again_from_the_same_samples(script: d
     assert script["apart"](outputs, exact) > 1e-3
     integers = Context.of(pipe, load_config(ROOT / "configs" / "fashion.yaml", [*SETTINGS, "backend=cpu-int8"]))
     assert script["apart"](script["again"](integers, plan, seen), outputs) < 0.5 * script["apart"](outputs, exact)
+
+
+def test_integers_are_right_that_differ_by_no_more_than_rounding_does(script: dict[str, Any]) -> None:
+    right = script["right"]
+    assert right(1.0, 1.0, 0.69, 0.0)  # nearer to the simulation than this is to full precision
+    assert right(1.0, 1.0, 0.8, 0.85)  # a network that amplifies roundings: its own answers differ by as much
+    assert not right(1.0, 1.0, 0.8, 0.75)
+    assert not right(1.0, 1.2, 0.8, 0.85)  # as near as rounding explains, yet farther from full precision
+
+
+def test_rounding_to_half_precision_leaves_everything_else(script: dict[str, Any]) -> None:
+    x = torch.tensor([[[[1.0, 1.0 + 2.0**-12]]]])  # the second is no half-precision number
+    given = script["Evaluation"](3, Call(x, 7, {"class_labels": torch.tensor([1])}), x)
+    rounded = script["in_half"](given)
+    assert rounded.call.x.flatten().tolist() == [1.0, 1.0] and rounded.call.x.dtype == torch.float32
+    assert rounded.step == 3 and rounded.output is x and rounded.call.timestep == 7
+    assert rounded.call.kwargs is given.call.kwargs and given.call.x is x
