@@ -59,10 +59,12 @@ def test_integers_are_right_that_differ_by_no_more_than_rounding_does(script: di
     assert not right(1.0, 1.2, 0.8, 0.85)  # as near as rounding explains, yet farther from full precision
 
 
-def test_rounding_to_half_precision_leaves_everything_else(script: dict[str, Any]) -> None:
-    x = torch.tensor([[[[1.0, 1.0 + 2.0**-12]]]])  # the second is no half-precision number
-    given = script["Evaluation"](3, Call(x, 7, {"class_labels": torch.tensor([1])}), x)
-    rounded = script["in_half"](given)
-    assert rounded.call.x.flatten().tolist() == [1.0, 1.0] and rounded.call.x.dtype == torch.float32
-    assert rounded.step == 3 and rounded.output is x and rounded.call.timestep == 7
-    assert rounded.call.kwargs is given.call.kwargs and given.call.x is x
+def test_a_nudge_is_as_large_as_a_rounding_and_leaves_everything_else(script: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    given = script["Evaluation"](3, Call(x.clone(), 7, {"class_labels": torch.tensor([1])}), x)
+    nudged = script["nudged"](given)
+    change = (nudged.call.x / x - 1).abs()
+    assert 0.9 * 2.0**-11 < change.max() <= 1.01 * 2.0**-11 and change.mean() == pytest.approx(2.0**-12, rel=0.2)
+    assert nudged.step == 3 and nudged.output is x and nudged.call.timestep == 7
+    assert nudged.call.kwargs is given.call.kwargs and given.call.x.equal(x)
+    assert script["nudged"](given).call.x.equal(nudged.call.x)
