@@ -47,7 +47,7 @@ SETTINGS = ("quant.weight_symmetric=true", "quant.attention_bits=null")
 
 
 def compare(config: str, overrides: list[str], device: str, count: int) -> dict[str, Any]:
-    """PSNR in dB between full-precision, simulated and integer images of one plan."""
+    """Distances between full-precision, simulated and integer runs of one plan: of images in dB, of predictions."""
     settings = [*SETTINGS, *overrides, f"sample.count={count}", f"sample.batch_size={count}"]
     images = {}
     base = load_config(config, [*settings, "backend=simulated"])
@@ -61,10 +61,6 @@ def compare(config: str, overrides: list[str], device: str, count: int) -> dict[
     backend = "cuda-int8" if device == "cuda" else "cpu-int8"
     integers = Context.of(pipe, load_config(config, [*settings, f"backend={backend}"]))
     images["integers"] = draw(integers, plan, seeds, backend)
-    simulated = evaluations(context, plan, seeds)
-    outputs = [evaluation.output for evaluation in simulated]
-    exact, found = (again(c, p, simulated) for c, p in ((context, None), (integers, plan)))
-    moved = again(context, plan, [nudged(evaluation) for evaluation in simulated])
 
     def distance(one: Any, other: Any) -> float:
         return float(psnr(one.images, other.images, 1.0).mean())
@@ -75,16 +71,25 @@ def compare(config: str, overrides: list[str], device: str, count: int) -> dict[
         "simulated_to_full": distance(images["simulated"], full),
         "integers_to_full": distance(images["integers"], full),
         "integers_to_simulated": distance(images["integers"], images["simulated"]),
-        "predictions": {
-            "simulated_to_full": apart(outputs, exact),
-            "integers_to_full": apart(found, exact),
-            "integers_to_simulated": apart(found, outputs),
-            "nudged_to_simulated": apart(moved, outputs),
-        },
+        "predictions": predictions(context, integers, plan, seeds),
         "seconds": {"full": full.seconds, **{name: made.seconds for name, made in images.items()}},
     }
     row["ok"] = row["integers_to_full"] >= row["simulated_to_full"] - 1.0 and right(**row["predictions"])
     return row
+
+
+def predictions(context: Context, integers: Context, plan: Plan, seeds: list[int]) -> dict[str, float]:
+    """Relative distances between predictions at the x_t of a simulated run; see `right`."""
+    simulated = evaluations(context, plan, seeds)
+    outputs = [evaluation.output for evaluation in simulated]
+    exact, found = again(context, None, simulated), again(integers, plan, simulated)
+    moved = again(context, plan, [nudged(evaluation) for evaluation in simulated])
+    return {
+        "simulated_to_full": apart(outputs, exact),
+        "integers_to_full": apart(found, exact),
+        "integers_to_simulated": apart(found, outputs),
+        "nudged_to_simulated": apart(moved, outputs),
+    }
 
 
 def right(
