@@ -215,17 +215,17 @@ def budget_schedule(
 
 
 class ScheduleTrial:
-    """Error of a schedule on held-out noise, fitted and measured on a quarter of the samples that stage 2 has."""
+    """Error of a schedule on held-out noise, fitted and measured on a quarter of the samples of stage 2, at least four."""
 
     def __init__(self, context: Context, share: int = 4) -> None:
         calibration = context.config.calibration
-        count = max(2, len(context.fresh_seeds) // share)
+        count = max(4, len(context.fresh_seeds) // share)
         small = replace(context.config, calibration=replace(calibration, dec_samples=count))
         self.context = replace(context, config=small)
         self.held_out = HeldOut(self.context, count)
 
     def error(self, schedule: Schedule) -> float:
-        """Mean squared error of the final images, with the cached feature corrected where the configuration says so."""
+        """Error of the final images (`HeldOut`), with the cached feature corrected where the configuration says so."""
         context, settings = self.context, self.context.config.correction
         fits = settings.cache
         maps = solve_maps(gather_moments(context, schedule), settings.ridge, settings.inflation) if fits else {}

@@ -21,24 +21,27 @@ FLOOR = 1e-30
 """Smallest weight: a step without any effect weighs nothing, but has a logarithm."""
 
 
-def effect_weights(context: Context, probes: int = 20, seeds: int = 2) -> Tensor:
+def effect_weights(context: Context, probes: int = 20, seeds: int = 3) -> Tensor:
     """[T] float64 ‖change of the sample‖² / ‖change of the feature‖² of reusing the feature of one step before.
 
-    Measured at `probes` evenly spaced steps for `seeds` noises of stage 1 and interpolated between them in logarithms. All
-    probes of a noise are rows of one batch, the first of which is left alone; up to its step a probe is that first row and
-    is not computed, so that the whole takes about (probes / 2 + 1)·seeds trajectories in full.
+    Measured at `probes` evenly spaced steps for `seeds` noises of stage 1, of which the geometric mean is taken (a sample
+    that tips over into another one moves a hundred times as far as its like, and would decide alone), and interpolated
+    between them in logarithms. All probes of a noise are rows of one batch, the first of which is left alone; up to its step
+    a probe is that first row and is not computed, so that the whole takes about (probes / 2 + 1)·seeds trajectories in full.
     """
     steps = probe_steps(context.num_steps, probes)
     if not steps:  # a single evaluation: there is nothing to reuse
         return torch.ones(context.num_steps, dtype=torch.float64)
     length = max(1, context.config.calibration.batch_size - 1)
     parts = [steps[i : i + length] for i in range(0, len(steps), length)]
-    effect, change = torch.zeros(2, len(steps), dtype=torch.float64)
-    for seed in context.seeds()[:seeds]:
-        found = [_probe(context, part, seed) for part in parts]
-        effect += torch.cat([pair[0] for pair in found])
-        change += torch.cat([pair[1] for pair in found])
-    return interpolate_log(steps, effect / change.clamp(min=FLOOR), context.num_steps)
+    logs = [_log_weights(context, parts, seed) for seed in context.seeds()[:seeds]]
+    return interpolate_log(steps, torch.stack(logs).mean(0).exp(), context.num_steps)
+
+
+def _log_weights(context: Context, parts: list[list[int]], seed: int) -> Tensor:
+    """Logarithm of every probe's weight for one noise: [P]."""
+    effect, change = (torch.cat(values) for values in zip(*(_probe(context, p, seed) for p in parts), strict=True))
+    return (effect / change.clamp(min=FLOOR)).clamp(min=FLOOR).log()
 
 
 def probe_steps(num_steps: int, probes: int) -> list[int]:

@@ -14,11 +14,16 @@ from cachequant.quant.convert import install
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction, QuantState, Schedule
 
+FLOOR = 1e-30
+"""Of an image without error, which has no logarithm."""
+
 
 class HeldOut:
-    """Mean squared errors of final images against full precision, from `count` samples of held-out noise.
+    """Errors of final images against full precision, from `count` samples of held-out noise.
 
-    Noise and prompts are the calibration's own kind; the full-precision images are drawn once.
+    Noise and prompts are the calibration's own kind; the full-precision images are drawn once. An error is the geometric
+    mean over the images of each one's mean squared error, what the mean PSNR is made of: the few images that tip over into
+    another one do not decide.
     """
 
     def __init__(self, context: Context, count: int) -> None:
@@ -35,10 +40,16 @@ class HeldOut:
         finally:
             handle.remove()
             adapter.rebuild()
-        return float((made - self.exact).double().square().mean())
+        return typical_error(made, self.exact)
 
     def _images(self, step: StepFunction, cache: FeatureCache) -> Tensor:
         return torch.cat(list(self.context.run(step, cache, self.seeds, "held out")))
+
+
+def typical_error(images: Tensor, exact: Tensor) -> float:
+    """Geometric mean over the images [B, C, H, W] of the mean squared error of each."""
+    errors = (images - exact).double().square().flatten(1).mean(1)  # [B]
+    return float(errors.clamp(min=FLOOR).log().mean().exp())
 
 
 def _full_step(context: Context) -> StepFunction:

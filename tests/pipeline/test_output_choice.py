@@ -16,7 +16,7 @@ from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.dec_cache import solve_maps
 from cachequant.pipeline.dec_quant import OUTPUTS, fit_output
 from cachequant.pipeline.features import gather_moments
-from cachequant.pipeline.held_out import HeldOut
+from cachequant.pipeline.held_out import HeldOut, typical_error
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 from cachequant.plan import Plan
@@ -28,7 +28,15 @@ Configure = Callable[..., RunConfig]
 
 def error_of(context: Context, plan: Plan, seeds: list[int]) -> float:
     made, exact = (draw(context, used, seeds, "test").images for used in (plan, None))
-    return float((made - exact).double().square().mean())
+    return float((made - exact).double().square().flatten(1).mean(1).log().mean().exp())
+
+
+def test_an_image_that_tips_over_does_not_decide() -> None:
+    exact = torch.zeros(4, 3, 2, 2)
+    made = torch.tensor([0.01, 0.01, 0.01, 0.5]).view(4, 1, 1, 1).expand_as(exact)
+    assert typical_error(made, exact) == pytest.approx((1e-4**3 * 0.25) ** 0.25, rel=1e-6)
+    assert typical_error(made, exact) < typical_error(exact + 0.03, exact) < float((made - exact).square().mean())
+    assert 0.0 <= typical_error(exact, exact) < 1e-20
 
 
 def test_the_error_of_a_schedule_is_that_of_a_plan_that_holds_its_feature_as_configured(
