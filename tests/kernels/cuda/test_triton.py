@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="Triton is not installed (it comes with CUDA builds of torch)")
+if not os.environ.get("CACHEQUANT_TEST_KERNELS"):  # make test-kernels brings it
+    pytest.importorskip("triton", reason="Triton is not installed (it comes with CUDA builds of torch)")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=0: these tests need the interpreter", allow_module_level=True)
 
