@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.config import RunConfig
 from cachequant.errors import UserError
@@ -220,8 +222,24 @@ def _layer_lines(state: Acceleration) -> list[str]:
     ]
     if isinstance(network, Deployment):
         lines.append(f"integers     {len(network.integer)} layers, {len(network.fused)} blocks fused around them")
+        lines += _slower_lines(state, network)
     lines += [f"simulated    {name}: {reason}" for name, reason in simulated.items()]
     return lines
+
+
+def _slower_lines(state: Acceleration, network: Deployment) -> list[str]:
+    """On a GPU, what takes a slower path than it could and why: layers on Triton's kernels, and kernels that failed here."""
+    denoiser: Any = state.adapter.denoiser
+    device = device_of(denoiser)
+    if device.type != "cuda":
+        return []
+    from cachequant.kernels.cuda.dispatch import table
+
+    slower = network.not_compiled(torch.cuda.get_device_capability(device), denoiser.dtype)
+    return [
+        *(f"on Triton    {name}: {reason}" for name, reason in slower.items()),
+        *(f"left out     {reason}, for {key.partition(' ')[2]}" for key, reason in table(device).failures.items()),
+    ]
 
 
 def _float_layers(state: Acceleration) -> str:

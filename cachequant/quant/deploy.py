@@ -89,6 +89,12 @@ class Deployment:
             self.remove()
             raise
 
+    def not_compiled(self, capability: tuple[int, int], dtype: torch.dtype) -> dict[str, str]:
+        """Layer -> why a card of this capability runs it by Triton's slower kernels; `dtype` is that of the activations."""
+        modules = {name: self.network.get_submodule(name) for name in self.integer}
+        reasons = {name: module.not_compiled(capability, dtype) for name, module in modules.items()}  # type: ignore[operator]
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
     def remove(self) -> None:
         """Put every original layer, processor and class back."""
         unfuse(self.network, [name for name, module in self.network.named_modules() if isinstance(module, Fused)])

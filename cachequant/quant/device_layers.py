@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.kernels.cuda import ops
+from cachequant.kernels.cuda.dispatch import not_compiled
 from cachequant.kernels.cuda.packing import DeviceWeight
 from cachequant.kernels.reference import Geometry, Pad
 from cachequant.quant.layers import Layer
@@ -102,6 +103,16 @@ class DeviceLayer(nn.Module):
     def source(self) -> Layer:
         """The layer that was replaced."""
         return self._source[0]
+
+    def not_compiled(self, capability: tuple[int, int], dtype: torch.dtype) -> str | None:
+        """Why Triton's slower kernel runs a segment of it on a card, see `dispatch.not_compiled`; None where none does."""
+        operation = "linear" if self.pointwise or not self.geometry.is_conv else "conv2d"
+        reasons = (
+            not_compiled(capability, operation, w.shape[-1], w.shape[0], dtype, part.asymmetric)
+            for part in self.parts
+            for w in (part.weight,)
+        )
+        return next((reason for reason in reasons if reason is not None), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeviceLayer:
         """`.to()` changes the type of the replaced layer where it waits; integers stay as they are.

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cachequant import api
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
+from cachequant.kernels.cuda import dispatch
 from cachequant.kernels.cuda.packing import DeviceWeight
+from cachequant.kernels.cuda.variants import variants_for
 from cachequant.models.adapter import adapter
 from cachequant.quant import deploy
 from cachequant.quant.convert import LayerPlan, fresh_state, install
@@ -278,6 +281,34 @@ def test_what_the_operators_do_not_cover_is_simulated_with_the_reason():
     deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
     assert deployment.reasons == {"conv_out": "dilation (2, 2)"}
     assert run(network, clock, 0).isfinite().all()
+    deployment.remove()
+
+
+def test_layers_that_no_compiled_kernel_takes_are_named(monkeypatch):
+    network, state, clock = prepared(unconditional)
+    deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"))
+    variants = variants_for((9, 0))
+    monkeypatch.setattr(dispatch, "built", lambda capability: variants)
+    found = deployment.not_compiled((9, 0), torch.float16)
+    layers = {name: network.get_submodule(name) for name in deployment.integer}
+    sizes = {
+        name: [(p.weight.shape[-1] % 16, p.weight.shape[0] % 8) for p in layer.parts] for name, layer in layers.items()
+    }
+    odd = {name for name, rests in sizes.items() if any(map(any, rests))}
+    assert set(found) == odd and "conv_in" in odd and odd != set(layers)
+    assert "input channels, no multiple of 16" in found["conv_in"]
+    failures = {"linear_sm90 linear 8x16": "linear_sm90: no memory for the workspace"}
+    monkeypatch.setattr(dispatch, "table", lambda device: SimpleNamespace(failures=failures))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    state = SimpleNamespace(adapter=SimpleNamespace(denoiser=network))
+    assert api._slower_lines(state, deployment) == []  # a matter of the GPU
+    monkeypatch.setattr(api, "device_of", lambda denoiser: torch.device("cuda"))
+    monkeypatch.setattr(type(network), "dtype", torch.float16)
+    lines = api._slower_lines(state, deployment)
+    assert len(lines) == len(odd) + 1 and any("on Triton    conv_in: " in line for line in lines)
+    assert lines[-1] == "left out     linear_sm90: no memory for the workspace, for linear 8x16"
+    monkeypatch.setattr(dispatch, "built", lambda capability: ())
+    assert deployment.not_compiled((9, 0), torch.float16) == {}  # the backend's note says it once
     deployment.remove()
 
 

@@ -82,6 +82,18 @@ def _compiled(
     )
 
 
+def not_compiled(
+    capability: tuple[int, int], operation: str, channels: int, outputs: int, dtype: torch.dtype, has_row_sum: bool
+) -> str | None:
+    """Why no compiled kernel that is here takes a layer, so that Triton's slower one does; None where one does.
+
+    None too where there is not one of its kind: `choose_backend` says that once, not for every layer.
+    """
+    mine = [v for v in built(capability) if (v.operation, v.dtype, v.activation) == (operation, dtype, None)]
+    reasons = [v.unsupported(channels, outputs, has_row_sum) for v in mine]
+    return reasons[0] if reasons and None not in reasons else None
+
+
 def activated_candidates(
     capability: tuple[int, int], kind: str, channels: int, outputs: int, has_row_sum: bool
 ) -> tuple[str, ...]:

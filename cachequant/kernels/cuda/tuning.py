@@ -59,12 +59,14 @@ class TuningTable:
         measure: returns the milliseconds of a call.
         chosen: key -> kernel.
         failures: kernel and key -> why it was left out.
+        passing: keys whose choice stays in this process, since a kernel found no memory: the next one measures again.
     """
 
     path: Path
     measure: Measure = measure
     chosen: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    passing: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(device: torch.device) -> TuningTable:
@@ -88,7 +90,8 @@ class TuningTable:
         self.read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as scratch:
-            json.dump(self.chosen, scratch, indent=0, sort_keys=True)
+            filed = {key: name for key, name in self.chosen.items() if key not in self.passing}
+            json.dump(filed, scratch, indent=0, sort_keys=True)
         os.replace(scratch.name, self.path)
 
     def best(self, key: str, names: Sequence[str], call: Callable[[str], object], may_measure: bool = True) -> str:
@@ -118,6 +121,8 @@ class TuningTable:
                     times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
             except Exception as error:  # Triton's errors share no base with torch's; the reason is kept
                 torch.cuda.empty_cache()
+                if isinstance(error, torch.OutOfMemoryError):
+                    self.passing.add(key)
                 reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}")
                 self.failures[f"{name} {key}"] = reasons[-1]
         if not times:
