@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachequant.cache.feature_cache import FeatureCache
+from cachequant.evaluation.paired import psnr
 from cachequant.pipeline.context import HELD_OUT, Context
 from cachequant.pipeline.features import calibration_cache
 from cachequant.pipeline.hook import StepFunction
@@ -13,9 +14,6 @@ from cachequant.pipeline.step import accelerated_step
 from cachequant.quant.convert import install
 from cachequant.schedule import uniform_schedule
 from cachequant.types import Correction, QuantState, Schedule
-
-FLOOR = 1e-30
-"""Of an image without error, which has no logarithm."""
 
 
 class HeldOut:
@@ -47,9 +45,8 @@ class HeldOut:
 
 
 def typical_error(images: Tensor, exact: Tensor) -> float:
-    """Geometric mean over the images [B, C, H, W] of the mean squared error of each."""
-    errors = (images - exact).double().square().flatten(1).mean(1)  # [B]
-    return float(errors.clamp(min=FLOOR).log().mean().exp())
+    """Geometric mean over the images [B, C, H, W] of the mean squared error of each: that of the mean PSNR."""
+    return float(10 ** (-psnr(images, exact, 1.0).mean() / 10))
 
 
 def _full_step(context: Context) -> StepFunction:

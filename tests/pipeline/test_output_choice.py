@@ -28,7 +28,7 @@ Configure = Callable[..., RunConfig]
 
 def error_of(context: Context, plan: Plan, seeds: list[int]) -> float:
     made, exact = (draw(context, used, seeds, "test").images for used in (plan, None))
-    return float((made - exact).double().square().flatten(1).mean(1).log().mean().exp())
+    return float((made.double() - exact.double()).square().flatten(1).mean(1).log().mean().exp())
 
 
 def test_an_image_that_tips_over_does_not_decide() -> None:

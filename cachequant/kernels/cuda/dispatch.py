@@ -74,12 +74,16 @@ def _compiled(
     activation: str | None = None,
 ) -> tuple[str, ...]:
     """Names of the compiled kernels that support a layer and the activation behind it."""
+    kind = _built(capability, operation, dtype, activation)
+    return tuple(v.name for v in kind if v.unsupported(channels, outputs, has_row_sum) is None)
+
+
+def _built(
+    capability: tuple[int, int], operation: str, dtype: torch.dtype, activation: str | None = None
+) -> tuple[Variant, ...]:
+    """The compiled kernels of one kind that are in the cache folder."""
     wanted = (operation, dtype, activation)
-    return tuple(
-        v.name
-        for v in built(capability)
-        if (v.operation, v.dtype, v.activation) == wanted and v.unsupported(channels, outputs, has_row_sum) is None
-    )
+    return tuple(v for v in built(capability) if (v.operation, v.dtype, v.activation) == wanted)
 
 
 def not_compiled(
@@ -89,8 +93,7 @@ def not_compiled(
 
     None too where there is not one of its kind: `choose_backend` says that once, not for every layer.
     """
-    mine = [v for v in built(capability) if (v.operation, v.dtype, v.activation) == (operation, dtype, None)]
-    reasons = [v.unsupported(channels, outputs, has_row_sum) for v in mine]
+    reasons = [v.unsupported(channels, outputs, has_row_sum) for v in _built(capability, operation, dtype)]
     return reasons[0] if reasons and None not in reasons else None
 
 

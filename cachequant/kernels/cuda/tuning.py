@@ -57,16 +57,16 @@ class TuningTable:
     Attributes:
         path: JSON file; read once, written whenever something was measured.
         measure: returns the milliseconds of a call.
-        chosen: key -> kernel.
+        chosen: key -> kernel, as on file.
+        provisional: the same of this process alone, since another kernel found no memory: the next process measures again.
         failures: kernel and key -> why it was left out.
-        passing: keys whose choice stays in this process, since a kernel found no memory: the next one measures again.
     """
 
     path: Path
     measure: Measure = measure
     chosen: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    passing: set[str] = field(default_factory=set)
+    provisional: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(device: torch.device) -> TuningTable:
@@ -90,8 +90,7 @@ class TuningTable:
         self.read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as scratch:
-            filed = {key: name for key, name in self.chosen.items() if key not in self.passing}
-            json.dump(filed, scratch, indent=0, sort_keys=True)
+            json.dump(self.chosen, scratch, indent=0, sort_keys=True)
         os.replace(scratch.name, self.path)
 
     def best(self, key: str, names: Sequence[str], call: Callable[[str], object], may_measure: bool = True) -> str:
@@ -108,25 +107,28 @@ class TuningTable:
         Raises:
             RuntimeError: none of them runs; the message has every reason.
         """
-        known = self.chosen.get(key)
+        known = self.provisional.get(key, self.chosen.get(key))
         if known in names:
             return str(known)
         if not may_measure:
             return names[0]
         times: dict[str, float] = {}
-        reasons = []
+        reasons, short_of_memory = [], False
         for name in names:
             try:
                 with warnings.catch_warnings(action="ignore"):  # what does not fit says so in its error, too
                     times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
             except Exception as error:  # Triton's errors share no base with torch's; the reason is kept
                 torch.cuda.empty_cache()
-                if isinstance(error, torch.OutOfMemoryError):
-                    self.passing.add(key)
+                short_of_memory |= isinstance(error, torch.OutOfMemoryError)
                 reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}")
                 self.failures[f"{name} {key}"] = reasons[-1]
         if not times:
             raise RuntimeError(f"no kernel runs {key}: {'; '.join(reasons)}")
-        self.chosen[key] = min(times, key=lambda name: times[name])
-        self.write()
-        return self.chosen[key]
+        fastest = min(times, key=lambda name: times[name])
+        if short_of_memory:
+            self.provisional[key] = fastest
+        else:
+            self.chosen[key] = fastest
+            self.write()
+        return fastest

@@ -67,6 +67,10 @@ def test_kernels_without_memory_or_support_are_left_out_with_the_reason(made):
     assert "no memory" in table.failures["fast shape"]
     assert not table.path.exists() or "shape" not in json.loads(table.path.read_text())  # memory may be there next time
     assert table.best("shape", list(COST), called.append) == "slow"
+    other = TuningTable(table.path, table.measure)  # another process has the memory
+    assert other.best("shape", list(COST), called.append) == "fast"
+    table.best("next", list(COST), called.append)
+    assert json.loads(table.path.read_text()) == {"next": "fast", "shape": "fast"}
     with pytest.raises(RuntimeError, match=r"no kernel runs other.*CUTLASS status 7"):
         table.best("other", ["fast", "middle"], call)
 

@@ -11,7 +11,7 @@ import pytest
 
 from cachequant.config import repository_folder
 
-SCRIPT = repository_folder() / "scripts" / "compare_methods.py"
+SCRIPT = repository_folder() / "scripts" / "measure_run_time.py"
 
 
 @pytest.fixture
@@ -46,5 +46,5 @@ def test_it_draws_with_every_method(script: dict[str, Any], tmp_path: Path) -> N
     assert [row["method"] for row in record["rows"]] == ["naive", "best"]
     assert all(row["full_steps"] == 2 and row["seconds_per_image"] > 0 for row in record["rows"])
     assert record["rows"][0]["against_first"] == 1.0 and record["command"].startswith(
-        "python scripts/compare_methods.py"
+        "python scripts/measure_run_time.py"
     )

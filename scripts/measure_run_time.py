@@ -1,6 +1,6 @@
 """Seconds an image takes with each method, on real integers where they are, in turn: what corrections cost at run time.
 
-    python scripts/compare_methods.py configs/fashion.yaml --methods paper,best --rounds 5 [--set KEY=VALUE] [--json FILE]
+    python scripts/measure_run_time.py configs/fashion.yaml --methods paper,best --rounds 5 [--set KEY=VALUE] [--json FILE]
 
 Every method is calibrated first, then all of them draw the same `--count` images in turn, `--rounds` times; a batch before
 each draw is not counted. Rows have the medians, and their ratio to the first method's in the same rounds.
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in found["rows"]:
             print("{method:14} {seconds_per_image:9.4f} s an image {against_first:7.3f}×".format(**row))
         if args.json is not None:
-            command = "python scripts/compare_methods.py " + " ".join(argv or sys.argv[1:])
+            command = "python scripts/measure_run_time.py " + " ".join(argv or sys.argv[1:])
             save_json(args.json, found | {"command": command})
 
     return guarded(action)
