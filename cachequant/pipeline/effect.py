@@ -21,7 +21,7 @@ FLOOR = 1e-30
 """Smallest weight: a step without any effect weighs nothing, but has a logarithm."""
 
 
-def effect_weights(context: Context, probes: int = 20, seeds: int = 3) -> Tensor:
+def effect_weights(context: Context, probes: int = 10, seeds: int = 3) -> Tensor:
     """[T] float64 ‖change of the sample‖² / ‖change of the feature‖² of reusing the feature of one step before.
 
     Measured at `probes` evenly spaced steps for `seeds` noises of stage 1, of which the geometric mean is taken (a sample
