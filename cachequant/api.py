@@ -66,7 +66,8 @@ def enable(pipe: Any, plan: Plan | str | Path, backend: str = "auto") -> Any:
         pipe: the pipeline that the plan was made for.
         plan: a plan or its folder.
         backend: "cpu-int8" runs real integers on oneDNN, "cuda-int8" on a GPU; "simulated" computes them in floating point,
-            on any device; "auto" takes the fastest that is exact here.
+            on any device; "torch_quantizer" runs the layers within its limits on that package's modules, on a GPU, and
+            simulates the others; "auto" takes the fastest of ours that is exact here.
 
     Raises:
         UserError: enabled already, another model or scheduler, an unknown backend, nothing to replace, a damaged plan. The
@@ -231,7 +232,7 @@ def _slower_lines(state: Acceleration, network: Deployment) -> list[str]:
     """On a GPU, what takes a slower path than it could and why: layers on Triton's kernels, and kernels that failed here."""
     denoiser: Any = state.adapter.denoiser
     device = device_of(denoiser)
-    if device.type != "cuda":
+    if device.type != "cuda" or network.tables is None:  # our own kernels are what such a deployment lacks
         return []
     from cachequant.kernels.cuda.dispatch import table
 

@@ -194,7 +194,8 @@ class SampleConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of a run. `backend`: what computes integers when sampling, of `cachequant.kernels.backend`.
+    """The whole configuration of a run. `backend`: what computes integers when sampling: auto (the fastest of ours that is
+    exact here), simulated, cpu-int8, cuda-int8, or torch_quantizer (that package's modules, on a GPU).
 
     `method`: name of a file in configs/method, or the path of a YAML, whose keys lie under those of the model's file.
     `output`: folder of run folders. `device`: auto, cpu, cuda or cuda:N.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from cachequant.errors import UserError
+from cachequant.kernels import torch_quantizer_package
 from cachequant.kernels.cpu import unavailable
 from cachequant.kernels.native import load_native
 
 SIMULATED, CPU_INT8, CUDA_INT8 = "simulated", "cpu-int8", "cuda-int8"
-BACKENDS = ("auto", SIMULATED, CPU_INT8, CUDA_INT8)
+TORCH_QUANTIZER = torch_quantizer_package.NAME
+BACKENDS = ("auto", SIMULATED, CPU_INT8, CUDA_INT8, TORCH_QUANTIZER)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Backend:
     """A backend that runs here.
 
     Attributes:
-        name: SIMULATED, CPU_INT8 or CUDA_INT8.
+        name: SIMULATED, CPU_INT8, CUDA_INT8 or TORCH_QUANTIZER.
         note: one line for people: what computes, and why nothing faster does.
     """
 
@@ -28,7 +31,7 @@ class Backend:
 
 
 def choose_backend(requested: str, device: torch.device) -> Backend:
-    """The backend called `requested`; "auto" is the fastest that runs exactly on this device.
+    """The backend called `requested`; "auto" is the fastest that runs exactly on this device, of our own.
 
     Raises:
         UserError: no such backend, or it does not run here.
@@ -37,9 +40,14 @@ def choose_backend(requested: str, device: torch.device) -> Backend:
         raise UserError(f"backend is {requested!r}, expected one of {', '.join(BACKENDS)}: choose one of these")
     if requested == SIMULATED:
         return Backend(SIMULATED, "integers computed in floating point, the reference for every kernel")
+    refuse = _REFUSALS.get(requested)
+    refused = None if refuse is None else refuse(device)
+    if refused is not None:
+        raise UserError(f"backend {requested} does not run here ({refused}): use auto or {SIMULATED}")
+    if requested == TORCH_QUANTIZER:
+        whose = f"{TORCH_QUANTIZER} {torch_quantizer_package.version()}"
+        return Backend(TORCH_QUANTIZER, f"integers in the modules of {whose}, half precision between them")
     reasons = {CPU_INT8: _refuses_cpu(device), CUDA_INT8: _refuses_cuda(device)}
-    if requested in reasons and reasons[requested] is not None:
-        raise UserError(f"backend {requested} does not run here ({reasons[requested]}): use auto or {SIMULATED}")
     if reasons[CPU_INT8] is None:
         return Backend(CPU_INT8, f"integers on oneDNN{_between()}")
     if reasons[CUDA_INT8] is None:
@@ -62,16 +70,33 @@ def _refuses_cpu(device: torch.device) -> str | None:
 
 def _refuses_cuda(device: torch.device) -> str | None:
     """Why the GPU's INT8 does not run on this device; None where it does."""
+    reason = _refuses_card(device)
+    if reason is not None:
+        return reason
+    from cachequant.kernels.cuda.dispatch import has_triton
+
+    return None if has_triton() else "Triton is not installed, which the operators between the products need"
+
+
+def _refuses_torch_quantizer(device: torch.device) -> str | None:
+    return torch_quantizer_package.not_importable() or _refuses_card(device)
+
+
+def _refuses_card(device: torch.device) -> str | None:
+    """Why INT8's tensor cores are not there; None where they are."""
     if device.type != "cuda":
         return f"the model is on {device.type}"
     if not torch.cuda.is_available():
         return "the model is on cuda, but torch finds no CUDA device"
-    from cachequant.kernels.cuda.dispatch import has_triton
-
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        return f"compute capability {major}.{minor}, INT8 needs 8.0 or newer"
-    return None if has_triton() else "Triton is not installed, which the operators between the products need"
+    return f"compute capability {major}.{minor}, INT8 needs 8.0 or newer" if (major, minor) < (8, 0) else None
+
+
+_REFUSALS: dict[str, Callable[[torch.device], str | None]] = {
+    CPU_INT8: _refuses_cpu,
+    CUDA_INT8: _refuses_cuda,
+    TORCH_QUANTIZER: _refuses_torch_quantizer,
+}
 
 
 def _products(device: torch.device) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
-from cachequant.kernels.backend import CUDA_INT8, SIMULATED, Backend
+from cachequant.kernels import torch_quantizer
+from cachequant.kernels.backend import CUDA_INT8, SIMULATED, TORCH_QUANTIZER, Backend
 from cachequant.kernels.cpu import trim_heap, unsupported
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.blocks import Fused, fuse, unfuse
@@ -23,6 +24,7 @@ from cachequant.quant.formats import only_simulated
 from cachequant.quant.step_tables import StepTables
 from cachequant.quant.stepped_embedding import SteppedEmbedding, step_embedding
 from cachequant.quant.time_projections import TimeProjections, share_time_projections
+from cachequant.quant.torch_quantizer_layer import TorchQuantizerLayer
 from cachequant.types import Correction, LayerQuant, QuantState
 
 if TYPE_CHECKING:
@@ -202,6 +204,37 @@ def deploy_on_device(
     return handle
 
 
+def deploy_on_torch_quantizer(
+    network: nn.Module, state: QuantState, clock: FeatureCache, correction: Correction | None = None
+) -> Deployment:
+    """Deploy every layer that torch_quantizer supports on its modules; the others, and attention operands, are simulated.
+
+    Corrections are folded into its buffers. What was replaced waits in the host's memory until `remove()`.
+
+    Args:
+        network, state, clock, correction: of `deploy`.
+
+    Raises:
+        UserError: of `fitting_layers`, or it supports no layer at all; the network is then as it was.
+    """
+    handle, others = Deployment(network), dict[str, LayerQuant]()
+    place = next(p.device for p in network.parameters() if not p.is_meta)
+    handle.home = place
+    with handle.whole_or_not_at_all():
+        for name, source, layer, maps in fitting_layers(network, state, correction):
+            held = torch_quantizer.Held(layer, source.bias, maps or {})
+            reason = torch_quantizer.unsupported(held, Geometry.of(source), clock.schedule.num_steps)
+            if reason is not None:
+                handle.reasons[name], others[name] = reason, layer
+                continue
+            handle.replace(name, source, TorchQuantizerLayer(source, held, clock, place))
+            move(source, HOST)
+        if not handle.integer:
+            raise torch_quantizer.none_supported(handle.reasons.values())
+        handle.simulate(QuantState(others, state.operands), clock, correction)
+    return handle
+
+
 def attach(
     network: nn.Module,
     state: QuantState,
@@ -230,4 +263,6 @@ def attach(
         return install(network, state, clock, correction=correction)
     if backend.name == CUDA_INT8:
         return deploy_on_device(network, state, clock, correction, shallow=shallow, timesteps=timesteps)
+    if backend.name == TORCH_QUANTIZER:
+        return deploy_on_torch_quantizer(network, state, clock, correction)
     return deploy(network, state, clock, correction, timesteps)
