@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("plan", type=Path, help="plan folder")
     inspect.epilog = "--json: {summary: text, schedule: {…}, config: {…}, provenance: {…}}"
     _add_convert(commands)
+    _add_exchange(commands)
     return parser
 
 
@@ -158,6 +159,24 @@ def _add_convert(commands: Any) -> None:
     convert.epilog = (
         "--json: {folder, family, weights, parameters: {component: int}, used: int, unused: {reason: [key]}, notes}"
     )
+
+
+def _add_exchange(commands: Any) -> None:
+    text = "a plan's integers as a checkpoint of torch_quantizer"
+    export = _command(commands, "export", text, cli_commands.export, computes=False)
+    export.add_argument("plan", type=Path, help="plan folder")
+    export.add_argument("out", type=Path, help="new file that torch.load reads, such as model_8bits_50steps.pth")
+    export.epilog = (
+        "--json: {checkpoint: file, layers: [name], left_out: {name: reason}, skip_layer: [int], notes: [text]}"
+    )
+    text = "a plan with the integers of a checkpoint of torch_quantizer"
+    imports = _command(commands, "import", text, cli_commands.import_checkpoint, computes=False)
+    imports.add_argument("plan", type=Path, help="plan folder of the same model and steps; it stays as it is")
+    imports.add_argument("checkpoint", type=Path, help=".pth or .safetensors state dict, read weights-only")
+    imports.add_argument(
+        "out", type=Path, help="new folder for the plan: layers of the checkpoint, all else of the first"
+    )
+    imports.epilog = "--json: {plan: folder, layers: int, corrected: int}"
 
 
 def _command(

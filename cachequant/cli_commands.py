@@ -249,3 +249,29 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{made.summary()}\nfolder       {args.out}")
     facts = {"family": made.family, "weights": made.weights, "parameters": made.parameters(), "notes": made.notes}
     _report_json(args, {"folder": str(args.out), **facts, "used": len(made.used), "unused": made.unused})
+
+
+def export(args: argparse.Namespace) -> None:
+    """A plan's integers as a checkpoint of torch_quantizer."""
+    from cachequant.pipeline.exchange import export_plan
+    from cachequant.plan import Plan
+
+    made = export_plan(Plan.load(args.plan))
+    made.save(args.out)
+    print(f"{made.summary()}\ncheckpoint   {args.out}")
+    facts = {"layers": made.layers, "left_out": made.left_out, "skip_layer": made.skip_layer, "notes": made.notes}
+    _report_json(args, {"checkpoint": str(args.out), **facts})
+
+
+def import_checkpoint(args: argparse.Namespace) -> None:
+    """A plan with the integers of a checkpoint of torch_quantizer."""
+    from cachequant.pipeline.exchange import import_checkpoint as read
+    from cachequant.plan import Plan
+
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise UserError(f"{args.out} is there already, expected a new or an empty folder: choose another")
+    made = read(Plan.load(args.plan), args.checkpoint)
+    made.save(args.out)
+    print(f"{made.summary()}\nplan         {args.out}")
+    layers = 0 if made.quant is None else len(made.quant.layers)
+    _report_json(args, {"plan": str(args.out), "layers": layers, "corrected": len(made.correction.layers)})

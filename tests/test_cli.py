@@ -27,7 +27,7 @@ SET = [word for item in SMALL for word in ("--set", item)]
 def test_help_of_every_command_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "demo" in capsys.readouterr().out
-    for command in ("demo", "run", "calibrate", "sample", "evaluate", "report", "inspect"):
+    for command in ("demo", "run", "calibrate", "sample", "evaluate", "report", "inspect", "export", "import"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         text = capsys.readouterr().out

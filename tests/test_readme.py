@@ -38,6 +38,8 @@ NOT_RUN = {
     "cachequant convert --family sd-v1": "needs a tokenizer from the hub; tests/models/original has such checkpoints",
     "cachequant convert --family dit-xl2": "needs a first stage from the hub; tests/models/original has such checkpoints",
     "cachequant bench configs/stable_diffusion.yaml --device cuda": "needs a GPU",
+    "cachequant export": "needs a symmetric plan of wide layers; tests/pipeline/test_exchange.py has such plans",
+    "cachequant import": "needs what export writes; tests/pipeline/test_exchange.py has it",
     "python scripts/ablation.py": "draws thousands of images and needs a data set; tests/test_ablation.py has its parts",
     "python scripts/reproduce.py --table cifar": "draws thousands of images; tests/test_reproduce.py runs it with few",
     "python scripts/reproduce.py --table imagenet": "needs the released checkpoint and a reference of 2 GB",
