@@ -18,8 +18,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from cachequant.evaluation.rows import FULL
 from cachequant.evaluation.tables import read_miniature
 from cachequant.models.prompts import read_prompts
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.peak_memory import peak_memory
 from cachequant.pipeline.sample import draw
 from cachequant.pipeline.stages import Stages
 from cachequant.storage import save_json
@@ -233,18 +233,6 @@ def _full(args: argparse.Namespace, pipe: Any, settings: list[str], noise: list[
     return draw(Context.of(pipe, cq.load_config(args.config, own)), None, noise, FULL)
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Yields what holds `calibration_peak_bytes` behind the block: the most that tensors took on a GPU; empty on a CPU."""
-    found: dict[str, int] = {}
-    if device.type != "cuda":
-        yield found
-        return
-    torch.cuda.reset_peak_memory_stats(device)
-    yield found
-    found["calibration_peak_bytes"] = torch.cuda.max_memory_allocated(device)
-
-
 class SeedRows:
     """All rows of one seed."""
 
@@ -284,8 +272,9 @@ class SeedRows:
         calibration_seconds = time.perf_counter() - start
         made = draw(context, plan, self.noise, label)
         self._add(
-            label, interval, made.images, seconds=made.seconds, calibration_seconds=calibration_seconds, **peak,
-            full_step_share=plan.schedule.full_step_share, refresh_steps=list(plan.schedule.refresh_steps),
+            label, interval, made.images, seconds=made.seconds, calibration_seconds=calibration_seconds,
+            calibration_peak_bytes=peak.bytes, full_step_share=plan.schedule.full_step_share,
+            refresh_steps=list(plan.schedule.refresh_steps),
         )  # fmt: skip
 
     def _peer(self, peer: str, interval: int) -> None:

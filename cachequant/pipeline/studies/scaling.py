@@ -6,7 +6,7 @@ features, T·2N distances, and for each of the K groups a choice per step. The c
 
 *Networks.* Transformers of the DiT family (Peebles and Xie 2023) with random weights, in float32. A trajectory takes T
 evaluations; their time is predicted from operations at the rate of the next smaller network. Memory is that of the
-parameters.
+parameters, of the ring and of one block's activations: ten times its input, four each in front of and behind GELU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cachequant.evaluation.plots import points_figure
 from cachequant.models.adapter import adapter
 from cachequant.pipeline.calibrate import gather
 from cachequant.pipeline.context import Context
+from cachequant.pipeline.peak_memory import peak_memory
 from cachequant.pipeline.studies.findings import Findings, Table
 from cachequant.pipeline.studies.subject import StudySubject
 from cachequant.schedule import DistanceBand, dps_schedule, num_groups
@@ -38,6 +39,8 @@ REPEATS = 3
 """Runs of DPS, the fastest of which counts: other programs only ever make it slower."""
 EVALUATIONS = 3
 """Of each network, after as many to warm up."""
+ACTIVATIONS = 10
+"""Inputs of a block that it holds at once: residual and normed one, the wide layer before and after GELU (four each)."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Evaluated:
         feature: values of one sample's cached feature.
         seconds: of one evaluation of one sample; the band's share is `band_seconds`.
         parameter_bytes, ring_bytes: float32.
+        peak_bytes: most that was held from building the network to the end of stage 1; None where nothing can tell.
     """
 
     parameters: int
@@ -149,6 +153,12 @@ class Evaluated:
     band_seconds: float
     parameter_bytes: int
     ring_bytes: int
+    peak_bytes: int | None = None
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Parameters, ring and `ACTIVATIONS` times the cached feature, which is as large as a block's input."""
+        return self.parameter_bytes + self.ring_bytes + 4 * ACTIVATIONS * self.feature
 
 
 def count(shape: Transformer) -> tuple[int, float, int]:
@@ -169,12 +179,13 @@ def measure_network(shape: Transformer, context: Context) -> Evaluated:
     from cachequant.models.families import transformer_scheduler
 
     parameters, flops, _ = count(shape)
-    with context.pipe.device:
-        pipe = DiTPipeline(shape.build(), AutoencoderKL(latent_channels=4), transformer_scheduler())
     small = _one_sample(context)
-    outcome = Context.of(pipe, small)
-    gather(outcome)  # warms up
-    measured = gather(outcome)
+    with peak_memory(context.pipe.device) as peak:
+        with context.pipe.device:
+            pipe = DiTPipeline(shape.build(), AutoencoderKL(latent_channels=4), transformer_scheduler())
+        outcome = Context.of(pipe, small)
+        gather(outcome)  # warms up
+        measured = gather(outcome)
     evaluations = outcome.num_steps
     seconds = measured.measured["trajectories_seconds"] / evaluations
     band = measured.measured["dps_seconds"] / evaluations
@@ -182,7 +193,8 @@ def measure_network(shape: Transformer, context: Context) -> Evaluated:
     held = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     del pipe, outcome
     gc.collect()
-    return Evaluated(parameters, flops, feature, seconds, band, held, round(measured.measured["ring_bytes"]))
+    ring = round(measured.measured["ring_bytes"])
+    return Evaluated(parameters, flops, feature, seconds, band, held, ring, peak.bytes)
 
 
 def _one_sample(context: Context) -> Any:
@@ -204,7 +216,7 @@ def study(subject: StudySubject, _: int) -> Findings:
               for n in tqdm(STEPS, "DPS", leave=False, disable=None)}  # fmt: skip
     networks = {
         name: _filed(
-            subject, "network", [asdict(shape)], Evaluated, lambda shape=shape: measure_network(shape, context)
+            subject, "network", [asdict(shape), "peak"], Evaluated, lambda shape=shape: measure_network(shape, context)
         )
         for name, shape in tqdm(TRANSFORMERS.items(), "networks", leave=False, disable=None)
     }
@@ -247,11 +259,12 @@ def _findings(context: Context, solved: dict[int, Solved], networks: dict[str, E
     rows = []
     for name, network in networks.items():
         guess = ahead[name]
-        texts = [f"{network.parameters / 1e6:,.0f}", f"{network.parameter_bytes / 1e9:.2f}"]
+        peak = "–" if network.peak_bytes is None else f"{network.peak_bytes / 1e9:.2f}"
+        texts = [f"{network.parameters / 1e6:,.0f}", peak, f"{network.predicted_peak_bytes / 1e9:.2f}"]
         texts += [f"{network.flops / 1e9:,.0f}", f"{network.seconds:.3f}", "–" if guess is None else f"{guess:.3f}"]
         rows.append([name, *texts, f"{network.band_seconds:.4f}", f"{250 * 64 * network.seconds / 3600:.2f}"])
     network_columns = (
-        "network", "M parameters", "GB", "GFLOP", "s an evaluation", "predicted", "DPS s an evaluation",
+        "network", "M parameters", "GB at most", "predicted", "GFLOP", "s an evaluation", "predicted", "DPS s an evaluation",
         "h of 64 trajectories of 250 steps",
     )  # fmt: skip
     curves = {
@@ -272,11 +285,15 @@ def _findings(context: Context, solved: dict[int, Solved], networks: dict[str, E
          f"K·T·L', at the rate of T = {first.steps}; ring and band are exact. “all features” is what one sample would hold "
          "if nothing were streamed."),
         ("Networks", f"Random weights, float32, one sample, {EVALUATIONS} evaluations of stage 1. Predicted from operations "
-         "at the rate of the network before. The last column is measured seconds times 250·64 evaluations."),
+         "at the rate of the network before, memory from parameters, ring and activations. The last column is measured "
+         "seconds times 250·64 evaluations."),
     ]  # fmt: skip
     numbers = {
         "dps": {str(n): {**asdict(each), "predicted": predicted[n]} for n, each in solved.items()},
-        "networks": {name: {**asdict(each), "predicted": ahead[name]} for name, each in networks.items()},
+        "networks": {
+            name: {**asdict(each), "predicted": ahead[name], "predicted_peak_bytes": each.predicted_peak_bytes}
+            for name, each in networks.items()
+        },
     }
     tables = [Table("DPS", columns, lines), Table("Networks", network_columns, rows)]
     return Findings(f"Scaling of planning, N = {interval}", notes, tables, figures, numbers)

@@ -22,6 +22,7 @@ from cachequant.pipeline.studies.scaling import (
     dps_bytes,
     dps_operations,
     measure_dps,
+    measure_network,
     network_predictions,
     predicted_seconds,
     study,
@@ -91,3 +92,12 @@ def test_the_study_measures_each_once(
     monkeypatch.setattr(module, "measure_dps", lambda *_: pytest.fail("measured twice"))
     monkeypatch.setattr(module, "measure_network", lambda *_: pytest.fail("measured twice"))
     assert study(subject(), 1).numbers == found.numbers
+
+
+def test_memory_is_that_of_parameters_ring_and_activations(pipe: Any, configure: Configure) -> None:
+    shape = Transformer(4, 512, 8, 16)  # 67 MB
+    found = measure_network(shape, Context.of(pipe, configure("cache.interval=3")))
+    assert found.predicted_peak_bytes == 4 * (found.parameters + 10 * found.feature) + found.ring_bytes
+    assert found.parameter_bytes == 4 * found.parameters
+    if found.peak_bytes is not None:
+        assert 0.8 * found.parameter_bytes < found.peak_bytes < 2 * found.predicted_peak_bytes

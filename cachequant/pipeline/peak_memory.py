@@ -1,0 +1,64 @@
+"""The most memory that a piece of work took."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cachequant.kernels.cpu import trim_heap
+
+PROCESS = Path("/proc/self")
+
+
+@dataclass
+class Peak:
+    """Filled behind the block: bytes held at most, above those held before it; None where nothing can tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure a block: tensors of the GPU, or this process's resident pages on a CPU under Linux.
+
+    Pages that a CPU's allocator kept from earlier work are given back first; what it cannot give back is not counted, so
+    that small figures are lower bounds. None where the system has no resettable high-water mark.
+    """
+    found = Peak()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    trim_heap()
+    resettable = _reset_mark()
+    held = _pages("VmRSS")
+    yield found
+    most = _pages("VmHWM")
+    if resettable and held is not None and most is not None:
+        found.bytes = most - held
+
+
+def _reset_mark() -> bool:
+    """Sets the high-water mark to what is resident now (proc(5), clear_refs); whether the system let us."""
+    try:
+        (PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _pages(field: str) -> int | None:
+    """Bytes of a field of /proc/self/status; None elsewhere than on Linux."""
+    try:
+        lines = (PROCESS / "status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
