@@ -229,17 +229,18 @@ def _layer_lines(state: Acceleration) -> list[str]:
 
 
 def _slower_lines(state: Acceleration, network: Deployment) -> list[str]:
-    """On a GPU, what takes a slower path than it could and why: layers on Triton's kernels, and kernels that failed here."""
+    """On a GPU, what takes a slower path and why: layers on Triton, kernels that failed here, products in plain torch."""
     denoiser: Any = state.adapter.denoiser
     device = device_of(denoiser)
     if device.type != "cuda" or network.tables is None:  # our own kernels are what such a deployment lacks
         return []
     from cachequant.kernels.cuda.dispatch import table
 
-    slower = network.not_compiled(torch.cuda.get_device_capability(device), denoiser.dtype)
+    slower, tuned = network.not_compiled(torch.cuda.get_device_capability(device), denoiser.dtype), table(device)
     return [
         *(f"on Triton    {name}: {reason}" for name, reason in slower.items()),
-        *(f"left out     {reason}, for {key.partition(' ')[2]}" for key, reason in table(device).failures.items()),
+        *(f"left out     {reason}, for {key.partition(' ')[2]}" for key, reason in tuned.failures.items()),
+        *(f"in torch     {key}: every kernel failed" for key in tuned.unserved),
     ]
 
 

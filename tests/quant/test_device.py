@@ -298,15 +298,20 @@ def test_layers_that_no_compiled_kernel_takes_are_named(monkeypatch):
     assert set(found) == odd and "conv_in" in odd and odd != set(layers)
     assert "input channels, no multiple of 16" in found["conv_in"]
     failures = {"linear_sm90 linear 8x16": "linear_sm90: no memory for the workspace"}
-    monkeypatch.setattr(dispatch, "table", lambda device: SimpleNamespace(failures=failures))
+    monkeypatch.setattr(
+        dispatch, "table", lambda device: SimpleNamespace(failures=failures, unserved=["linear 8x16 f16"])
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     state = SimpleNamespace(adapter=SimpleNamespace(denoiser=network))
     assert api._slower_lines(state, deployment) == []  # a matter of the GPU
     monkeypatch.setattr(api, "device_of", lambda denoiser: torch.device("cuda"))
     monkeypatch.setattr(type(network), "dtype", torch.float16)
     lines = api._slower_lines(state, deployment)
-    assert len(lines) == len(odd) + 1 and any("on Triton    conv_in: " in line for line in lines)
-    assert lines[-1] == "left out     linear_sm90: no memory for the workspace, for linear 8x16"
+    assert len(lines) == len(odd) + 2 and any("on Triton    conv_in: " in line for line in lines)
+    assert lines[-2:] == [
+        "left out     linear_sm90: no memory for the workspace, for linear 8x16",
+        "in torch     linear 8x16 f16: every kernel failed",
+    ]
     monkeypatch.setattr(dispatch, "built", lambda capability: ())
     assert deployment.not_compiled((9, 0), torch.float16) == {}  # the backend's note says it once
     deployment.remove()

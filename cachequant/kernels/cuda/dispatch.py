@@ -1,4 +1,7 @@
-"""Runs a product or convolution on the fastest kernel that supports it: compiled if it is built, else Triton."""
+"""Runs a product or convolution on the fastest kernel that supports it: compiled if it is built, else Triton.
+
+A kernel that fails for a shape is left out; where all do, plain torch computes it (`cachequant.report` names both).
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cachequant.kernels.cuda import library, reference
+from cachequant.kernels.cuda import library, plain, reference
 from cachequant.kernels.cuda.build import library_path
-from cachequant.kernels.cuda.tuning import TuningTable
+from cachequant.kernels.cuda.tuning import REFERENCE, Result, TuningTable
 from cachequant.kernels.cuda.variants import VARIANTS, Variant, variants_for
 
 if TYPE_CHECKING:
@@ -131,18 +134,20 @@ def run_product(
     out: Tensor,
     name: str | None = None,
 ) -> None:
-    """`int8_linear` or `int8_conv2d` into `out`, by the kernel `name` or the fastest one.
+    """`int8_linear` or `int8_conv2d` into `out`, by the kernel `name`, or the fastest one, or plain torch where all fail.
 
     Raises:
-        RuntimeError: no kernel runs it.
+        RuntimeError: neither compiled kernels nor Triton are here.
     """
     operation = "linear" if x.dim() == 2 else "conv2d"
     capability = torch.cuda.get_device_capability(x.device)
     operands = (scale, shift, source, beta, row_sum, offset)
 
     def call(kernel: str) -> None:
-        """The product by one kernel."""
-        if kernel.startswith(TRITON):
+        """The product by one kernel, or in plain torch."""
+        if kernel == REFERENCE:
+            plain.product(x, weight, stride, *operands, out)
+        elif kernel.startswith(TRITON):
             from cachequant.kernels.cuda import triton_product
 
             blocks, given = _blocks(kernel), triton_product.Operands(*operands)
@@ -153,13 +158,13 @@ def run_product(
         else:
             library.run(_variant(kernel), x, weight, stride, *operands, out)
 
-    if name is None:
-        names = candidates(capability, operation, x.shape[-1], weight.shape[0], out.dtype, row_sum is not None)
-        _refuse_none(names, operation, x)
-        fused = "".join(letter for letter, t in zip("bca", (shift, source, offset), strict=True) if t is not None)
-        sizes = "x".join(map(str, (*x.shape, *weight.shape, *stride)))
-        name = _fastest(x.device, f"{operation} {sizes} {fused} {str(out.dtype).removeprefix('torch.')}", names, call)
-    call(name)
+    if name is not None:
+        return call(name)
+    names = candidates(capability, operation, x.shape[-1], weight.shape[0], out.dtype, row_sum is not None)
+    _refuse_none(names, operation, x)
+    fused = "".join(letter for letter, t in zip("bca", (shift, source, offset), strict=True) if t is not None)
+    sizes = "x".join(map(str, (*x.shape, *weight.shape, *stride)))
+    _run_fastest(x.device, f"{operation} {sizes} {fused} {str(out.dtype).removeprefix('torch.')}", names, call)
 
 
 def run_activated(
@@ -174,16 +179,18 @@ def run_activated(
     out: Tensor,
     name: str | None = None,
 ) -> None:
-    """`int8_linear_activated` into `out`, by the kernel `name` or the fastest one.
+    """`int8_linear_activated` into `out`, by the kernel `name`, or the fastest one, or plain torch where all fail.
 
     Raises:
-        RuntimeError: no kernel runs it.
+        RuntimeError: neither compiled kernels nor Triton are here.
     """
     operands = (scale, shift, None, 0.0, row_sum, offset)
 
     def call(kernel: str) -> None:
-        """Product and activation by one kernel."""
-        if kernel.startswith(TRITON):
+        """Product and activation by one kernel, or in plain torch."""
+        if kernel == REFERENCE:
+            plain.activated(x, weight, scale, shift, row_sum, offset, grid, kind, out)
+        elif kernel.startswith(TRITON):
             from cachequant.kernels.cuda import triton_feed_forward, triton_product
 
             blocks, given = _blocks(kernel), triton_product.Operands(*operands)
@@ -191,14 +198,14 @@ def run_activated(
         else:
             library.run(_variant(kernel), x, weight, (1, 1), *operands, out, grid)
 
-    if name is None:
-        capability = torch.cuda.get_device_capability(x.device)
-        names = activated_candidates(capability, kind, x.shape[-1], weight.shape[0], row_sum is not None)
-        _refuse_none(names, kind, x)
-        sizes = "x".join(map(str, (*x.shape, *weight.shape)))
-        fused = "".join(letter for letter, t in zip("ba", (shift, offset), strict=True) if t is not None)
-        name = _fastest(x.device, f"{kind} {sizes} {fused}", names, call)
-    call(name)
+    if name is not None:
+        return call(name)
+    capability = torch.cuda.get_device_capability(x.device)
+    names = activated_candidates(capability, kind, x.shape[-1], weight.shape[0], row_sum is not None)
+    _refuse_none(names, kind, x)
+    sizes = "x".join(map(str, (*x.shape, *weight.shape)))
+    fused = "".join(letter for letter, t in zip("ba", (shift, offset), strict=True) if t is not None)
+    _run_fastest(x.device, f"{kind} {sizes} {fused}", names, call)
 
 
 def run_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -214,14 +221,14 @@ def run_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tens
     """
 
     def call(name: str) -> Tensor:
-        """Attention by one implementation, or by torch's own choice."""
-        with nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name]):
+        """Attention by one implementation, or by torch's own choice, also where each of them failed."""
+        with nullcontext() if name in ("auto", REFERENCE) else sdpa_kernel(ATTENTION_BACKENDS[name]):
             return reference.multi_head_attention(query, key, value, heads)
 
     sizes = "x".join(map(str, (query.shape[0], heads, query.shape[1], key.shape[1], query.shape[2] // heads)))
     layout = "".join("c" if t.is_contiguous() else "s" for t in (query, key, value))
     known = f"attention {sizes} {layout} {str(query.dtype).removeprefix('torch.')} {torch.__version__}"
-    return call(_fastest(query.device, known, ("auto", *ATTENTION_BACKENDS), call))
+    return _run_fastest(query.device, known, ("auto", *ATTENTION_BACKENDS), call)
 
 
 def _refuse_none(names: tuple[str, ...], what: str, x: Tensor) -> None:
@@ -241,6 +248,6 @@ def _variant(name: str) -> Variant:
     return next(v for v in VARIANTS if v.name == name)
 
 
-def _fastest(device: torch.device, key: str, names: tuple[str, ...], call: Callable[[str], object]) -> str:
+def _run_fastest(device: torch.device, key: str, names: tuple[str, ...], call: Callable[[str], Result]) -> Result:
     """The kernel on file for `key`, or the one that a measurement finds; nothing is measured during a capture."""
-    return table(device).best(key, names, call, not torch.cuda.is_current_stream_capturing())
+    return table(device).run(key, names, call, not torch.cuda.is_current_stream_capturing())

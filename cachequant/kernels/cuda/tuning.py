@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,7 +19,11 @@ from cachequant.kernels.cuda.build import folder
 CALLS, REPEATS = 10, 5
 """Calls in one captured graph, and how often it is timed; the median counts."""
 
+REFERENCE = "torch"
+"""Stands among kernels for plain torch: slow, and run only where every kernel failed."""
+
 Measure = Callable[[Callable[[], object]], float]
+Result = TypeVar("Result")
 
 
 def measure(call: Callable[[], object]) -> float:
@@ -58,8 +63,9 @@ class TuningTable:
         path: JSON file; read once, written whenever something was measured.
         measure: returns the milliseconds of a call.
         chosen: key -> kernel, as on file.
-        provisional: the same of this process alone, since another kernel found no memory: the next process measures again.
-        failures: kernel and key -> why it was left out.
+        provisional: the same of this process alone, since another kernel found no memory or none runs: the next process
+            measures again.
+        failures: kernel and key -> why it is left out in this process.
     """
 
     path: Path
@@ -67,6 +73,7 @@ class TuningTable:
     chosen: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     provisional: dict[str, str] = field(default_factory=dict)
+    _short_of_memory: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(device: torch.device) -> TuningTable:
@@ -93,8 +100,35 @@ class TuningTable:
             json.dump(self.chosen, scratch, indent=0, sort_keys=True)
         os.replace(scratch.name, self.path)
 
+    @property
+    def unserved(self) -> list[str]:
+        """Keys that no kernel runs, so that plain torch does."""
+        return [key for key, name in self.provisional.items() if name == REFERENCE]
+
+    def run(self, key: str, names: Sequence[str], call: Callable[[str], Result], may_measure: bool = True) -> Result:
+        """What `call` returns for the `best` kernel; if that one fails now, for the next, and for `REFERENCE` at last.
+
+        Args:
+            key, names, may_measure: of `best`.
+            call: runs a kernel, or `REFERENCE`.
+
+        Raises:
+            Exception: plain torch fails too, or anything does while a CUDA graph is captured, which voids the capture; a
+                note on it has the reasons of the kernels.
+        """
+        while True:
+            name = self.best(key, names, call, may_measure)
+            try:
+                return call(name)
+            except Exception as error:
+                if name == REFERENCE or not may_measure:
+                    reasons = [self.failures[_label(n, key)] for n in names if _label(n, key) in self.failures]
+                    error.add_note(f"{key}: {'; '.join(reasons) or f'{name} failed during a capture'}")
+                    raise
+                self._leave_out(name, key, error)
+
     def best(self, key: str, names: Sequence[str], call: Callable[[str], object], may_measure: bool = True) -> str:
-        """The kernel for `key`: the one on file if it is still offered, else the fastest of `names`.
+        """The kernel for `key`: the one on file if it is still offered, else the fastest of `names`, else `REFERENCE`.
 
         A kernel that fails, or finds no memory, is left out.
 
@@ -103,32 +137,35 @@ class TuningTable:
             names: kernels that support it, the most promising first.
             call: runs one of them.
             may_measure: False while a CUDA graph is captured: the first of `names` is returned, and not filed.
-
-        Raises:
-            RuntimeError: none of them runs; the message has every reason.
         """
+        offered = [name for name in names if _label(name, key) not in self.failures]
         known = self.provisional.get(key, self.chosen.get(key))
-        if known in names:
+        if known in offered:
             return str(known)
-        if not may_measure:
-            return names[0]
+        if offered and not may_measure:
+            return offered[0]
         times: dict[str, float] = {}
-        reasons, short_of_memory = [], False
-        for name in names:
+        for name in offered:
             try:
                 with warnings.catch_warnings(action="ignore"):  # what does not fit says so in its error, too
                     times[name] = self.measure(lambda name=name: call(name))  # type: ignore[misc]
             except Exception as error:  # Triton's errors share no base with torch's; the reason is kept
-                torch.cuda.empty_cache()
-                short_of_memory |= isinstance(error, torch.OutOfMemoryError)
-                reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}")
-                self.failures[f"{name} {key}"] = reasons[-1]
-        if not times:
-            raise RuntimeError(f"no kernel runs {key}: {'; '.join(reasons)}")
-        fastest = min(times, key=lambda name: times[name])
-        if short_of_memory:
+                self._leave_out(name, key, error)
+        fastest = min(times, key=lambda name: times[name], default=REFERENCE)
+        if fastest == REFERENCE or key in self._short_of_memory:
             self.provisional[key] = fastest
         else:
             self.chosen[key] = fastest
             self.write()
         return fastest
+
+    def _leave_out(self, name: str, key: str, error: Exception) -> None:
+        """Never offer a kernel for this key again in this process."""
+        torch.cuda.empty_cache()
+        if isinstance(error, torch.OutOfMemoryError):
+            self._short_of_memory.add(key)
+        self.failures[_label(name, key)] = f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+
+
+def _label(name: str, key: str) -> str:
+    return f"{name} {key}"

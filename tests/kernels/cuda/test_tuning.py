@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from cachequant.kernels.cuda.tuning import TuningTable
+from cachequant.kernels.cuda.tuning import REFERENCE, TuningTable
 
 COST = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
 
@@ -71,8 +71,66 @@ def test_kernels_without_memory_or_support_are_left_out_with_the_reason(made):
     assert other.best("shape", list(COST), called.append) == "fast"
     table.best("next", list(COST), called.append)
     assert json.loads(table.path.read_text()) == {"next": "fast", "shape": "fast"}
-    with pytest.raises(RuntimeError, match=r"no kernel runs other.*CUTLASS status 7"):
-        table.best("other", ["fast", "middle"], call)
+
+
+def test_where_every_kernel_fails_plain_torch_takes_over_and_is_not_filed(made):
+    table, called = made
+
+    def call(name: str) -> str:
+        if name != REFERENCE:
+            raise RuntimeError("CUTLASS status 7")
+        called.append(name)
+        return "slow but right"
+
+    assert table.run("shape", ["fast", "middle"], call) == "slow but right"
+    assert called == [REFERENCE] and table.unserved == ["shape"]
+    assert table.failures == {
+        "fast shape": "fast: CUTLASS status 7",
+        "middle shape": "middle: CUTLASS status 7",
+    }
+    assert table.run("shape", ["fast", "middle"], call, may_measure=False) == "slow but right"  # in a capture, too
+    table.best("next", list(COST), called.append)
+    assert json.loads(table.path.read_text()) == {"next": "fast"}
+    other = TuningTable(table.path, table.measure)  # another process tries the kernels again
+    assert other.best("shape", list(COST), called.append) == "fast"
+
+
+def test_a_kernel_on_file_that_fails_now_gives_way_to_the_next(made):
+    table, called = made
+    table.chosen["shape"] = "fast"
+
+    def call(name: str) -> str:
+        called.append(name)
+        if name == "fast":
+            raise torch.OutOfMemoryError("no memory for the workspace")
+        return name
+
+    assert table.run("shape", list(COST), call) == "middle"
+    assert called == ["fast", "slow", "middle", "middle"]  # the other two are measured
+    assert table.failures == {"fast shape": "fast: no memory for the workspace"}
+    assert table.chosen["shape"] == "fast" and table.provisional == {"shape": "middle"} and not table.unserved
+
+
+def test_a_failure_of_plain_torch_carries_the_kernels_reasons(made):
+    table, _ = made
+
+    def call(name: str) -> None:
+        raise torch.OutOfMemoryError("full") if name == REFERENCE else RuntimeError("CUTLASS status 7")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full") as raised:
+        table.run("shape", ["fast"], call)
+    assert raised.value.__notes__ == ["shape: fast: CUTLASS status 7"]
+
+
+def test_a_failure_during_a_capture_is_raised_and_leaves_nothing_out(made):
+    table, _ = made
+
+    def call(name: str) -> None:
+        raise RuntimeError("CUTLASS status 7")
+
+    with pytest.raises(RuntimeError, match="CUTLASS status 7") as raised:
+        table.run("shape", ["fast"], call, may_measure=False)
+    assert raised.value.__notes__ == ["shape: fast failed during a capture"] and not table.failures
 
 
 def test_nothing_is_measured_or_filed_during_capture(made):
