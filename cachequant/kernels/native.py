@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import os
 import platform
 import subprocess
@@ -32,6 +33,7 @@ def load_native() -> str | None:
         if not library.is_file():
             _compile(library)
         torch.ops.load_library(str(library))
+        importlib.import_module("cachequant.kernels.native_fakes")  # what the compiler sees of them
     except FileNotFoundError:
         return f"no C++ compiler {_compiler()!r} (install g++, or name one in CXX)"
     except subprocess.CalledProcessError as error:

@@ -240,8 +240,14 @@ def load_step(
     torch.mul(scale, fixed, out=offset)
 
 
+def dense(x: Tensor) -> Tensor:
+    """x without gaps in memory, its channels last or before all pixels; x itself where it is so."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last or x.is_contiguous() else x.contiguous()
+
+
 def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
-    """y = scale·x + shift (+ previous·other) on the first C' channels, x on the others: of the shape and type of x.
+    """y = scale·x + shift (+ previous·other) on the first C' channels, x on the others: of shape and type of x, as `dense`.
 
     Args:
         x: [B, C, H, W] or [B, N, C].
@@ -256,5 +262,5 @@ def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, ch
     y = x.narrow(channel_dim, 0, width) * scale.view(shape) + shift.view(shape)
     if other is not None:
         y = y + other.narrow(channel_dim, 0, width) * previous.view(shape)
-    rest = x.shape[channel_dim] - width
-    return y.to(x.dtype) if not rest else torch.cat([y.to(x.dtype), x.narrow(channel_dim, width, rest)], channel_dim)
+    rest = x.narrow(channel_dim, width, x.shape[channel_dim] - width)
+    return torch.empty_like(dense(x)).copy_(torch.cat([y.to(x.dtype), rest], channel_dim))

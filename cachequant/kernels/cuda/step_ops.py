@@ -55,4 +55,4 @@ def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
 
 @map_channels.register_fake
 def _(x, other, maps, step, channel_dim):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+    return torch.empty_like(reference.dense(x))

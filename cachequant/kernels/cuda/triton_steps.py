@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cachequant.kernels.cuda.reference import dense
+
 BLOCK, MAP_BLOCK = 1024, 4096
 """Values of one program of the rows and of a map."""
 
@@ -96,7 +98,7 @@ def _map_kernel(
 
 def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, channel_dim: int) -> Tensor:
     """See `cachequant.kernels.cuda.reference.map_channels`; any strides, and the result lies in memory as a dense x does."""
-    x = _dense(x)
+    x = dense(x)
     out = torch.empty_like(x)
     channels, pixels = x.shape[channel_dim], x[0].numel() // x.shape[channel_dim]
     strides = (0, 0, 0)
@@ -113,12 +115,6 @@ def map_channels(x: Tensor, other: Tensor | None, maps: Tensor, step: Tensor, ch
         last=last, has_other=other is not None, outer=outer, inner=inner,
     )  # fmt: skip
     return out
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x without gaps, its channels last or before all pixels."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last or x.is_contiguous() else x.contiguous()
 
 
 def _has_even_rows(x: Tensor) -> bool:

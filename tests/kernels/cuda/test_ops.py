@@ -1,60 +1,13 @@
-"""The operators' schemas and shapes as torch.compile sees them, and their mathematics on the CPU."""
+"""The operators' mathematics on the CPU; how the compiler sees them is in `tests.kernels.test_operators`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
 
 from cachequant.kernels.cuda import ops, reference, step_ops
-
-GRIDS = torch.tensor([[20.0, 5.0, -128.0, 127.0], [30.0, -9.0, -128.0, 127.0]])
-
-
-def integers(*shape: int) -> torch.Tensor:
-    return torch.randint(-128, 128, shape, dtype=torch.int8)
-
-
-def step_tables(mapped: bool = True) -> tuple:
-    """Arguments of `load_step` for three grids and seven columns, of which the second and third are corrected."""
-    columns = [torch.tensor([0, 0, 2, 2, 2, 1, 1], dtype=torch.int32), *torch.randn(4, 7)]
-    maps = [torch.tensor([-1, 0, 1, -1, -1, -1, -1], dtype=torch.int32), torch.rand(4, 2), torch.randn(4, 2)]
-    results = torch.full((3, 4), torch.nan), *torch.full((3, 7), torch.nan)
-    return torch.tensor([2]), torch.randn(4, 3, 4), torch.rand(4, 3, 2), columns, maps if mapped else [], *results
-
-
-def cases() -> dict[str, tuple]:
-    x, w = integers(6, 16), integers(8, 16)
-    image, kernel = integers(2, 6, 5, 16), integers(8, 3, 3, 16)
-    scale, shift = torch.rand(8), torch.rand(8)
-    h, c = torch.randn(2, 4, 3, 8).half(), torch.randn(2, 16).half()
-    tokens = torch.randn(2, 5, 8).half()
-    return {
-        "int8_linear": (x, w, scale, None, None, 1.0, None, None, torch.float16),
-        "int8_linear_activated": (x, w, scale, shift, None, None, GRIDS[0], "geglu"),
-        "int8_conv2d": (
-            image, kernel, scale, shift, torch.rand(2, 2, 2, 8).half(), 0.5, torch.rand(2, 2, 2), scale, [2, 2], torch.int8,
-        ),
-        "quantize_image": (h, GRIDS[0], [1, 1, 1, 1], 2),
-        "group_norm_int8": ([h, h + 1], c, torch.rand(16), torch.rand(16), 4, 1e-5, True, GRIDS, [0, 1, 0, 1], GRIDS),
-        "group_norm_float": (h, torch.rand(8), torch.rand(8), 4, 1e-5),
-        "layer_norm_int8": (tokens, torch.rand(8), torch.rand(8), tokens[:, 0].clone(), tokens[:, 1].clone(), 1e-5, GRIDS),
-        "gated_layer_norm_int8": (tokens, tokens + 1, *(tokens[:, i].clone() for i in range(3)), 1e-5, GRIDS),
-        "gated_sum": (tokens, tokens + 1, tokens[:, 0].clone()),
-        "multi_head_attention": (tokens, *torch.randn(2, 2, 3, 8).half(), 2),
-        "window_sum": (image, [3, 3], [1, 1]),
-        "map_channels": (tokens, tokens[:, 1:].clone().repeat(1, 2, 1)[:, :5], torch.rand(4, 3, 6), torch.tensor([2]), 2),
-        "load_step": step_tables(),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", list(cases()))
-def test_schema_and_fake_agree_with_the_operator(name):
-    found = opcheck(
-        getattr(torch.ops.cachequant, name).default, cases()[name], test_utils=("test_schema", "test_faketensor")
-    )
-    assert found == {"test_schema": "SUCCESS", "test_faketensor": "SUCCESS"}
+from tests.kernels.operator_cases import integers, step_tables
 
 
 def quantized(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, float, float, torch.Tensor]:
@@ -128,26 +81,6 @@ def test_accumulation_is_exact_where_float32_is_not():
     x, weight = torch.full((1, k), 127, dtype=torch.int8), torch.full((1, k), 127, dtype=torch.int8)
     weight[0, 0] = 126
     assert reference.accumulate_linear(x, weight).item() == 127 * 127 * (k - 1) + 127 * 126  # above 2^24, odd
-
-
-def test_products_are_seen_by_the_compiler():
-    x, weight, scale = integers(4, 16), integers(8, 16), torch.rand(8)
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        return ops.int8_linear(x, weight, scale, None, None, 1.0, None, None, torch.float32) * 2
-
-    program = torch.export.export(_Wrapped(step), (x,))
-    assert "int8_linear" in str(program.graph)
-    torch.testing.assert_close(program.module()(x), step(x))
-
-
-class _Wrapped(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 if not os.environ.get("CACHEQUANT_TEST_KERNELS"):  # make test-kernels brings it
     pytest.importorskip("triton", reason="Triton is not installed (it comes with CUDA builds of torch)")
@@ -24,6 +27,8 @@ from cachequant.kernels.cuda import (
     triton_product,
     triton_steps,
 )
+from tests.kernels.cuda.interpreted import gpu_operators
+from tests.kernels.operator_cases import device_cases
 
 GRIDS = torch.tensor([[1 / 0.031, -17.0, -128.0, 127.0], [1 / 0.053, 40.0, -128.0, 127.0]])
 """Two activations' grids: inverse scale, zero, low, high."""
@@ -35,13 +40,16 @@ FOUR_BITS = torch.tensor([1 / 0.4, 3.0, -8.0, 7.0])
 def poisoned(monkeypatch):
     """Every buffer starts as rubbish: an element that a kernel leaves out shows."""
     torch.manual_seed(0)
-    original = torch.empty
 
-    def empty(*args, **kwargs):
-        made = original(*args, **kwargs)
-        return made.fill_(-77 if made.dtype is torch.int8 else float("nan"))
+    def full_of_rubbish(allocate):
+        def made(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(-77 if out.dtype is torch.int8 else float("nan"))
 
-    monkeypatch.setattr(torch, "empty", empty)
+        return made
+
+    for allocate in (torch.empty, torch.empty_like):
+        monkeypatch.setattr(torch, allocate.__name__, full_of_rubbish(allocate))
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float16, spread: float = 1.5) -> torch.Tensor:
@@ -295,6 +303,25 @@ def test_feed_forward(m, n, k, kind, parts):
     triton_feed_forward.activated(x, weight, given, GRIDS[0], gated, kind == "gelu_tanh", out, BLOCKS)
     expected = reference.activated(x, weight, given.scale, given.shift, given.row_sum, given.offset, GRIDS[0], kind)
     assert_same_integers(out, expected)
+
+
+@pytest.mark.parametrize("case", device_cases())
+def test_kernels_return_what_their_fakes_promise(case, monkeypatch):
+    """Shapes, types and strides of the kernels' results are those that torch.compile goes by, and the values the CPU's."""
+    name, arguments = case.partition(":")[0], device_cases()[case]
+    fake = FakeTensorMode()
+    with fake:
+        given = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, arguments)
+        promised = getattr(torch.ops.cachequant, name)(*given)
+    expected = getattr(torch.ops.cachequant, name)(*arguments)
+    found = getattr(gpu_operators(monkeypatch), name)(*deepcopy(arguments))
+    for one, other, value in zip(*map(tree_leaves, (found, promised, expected)), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+            torch.testing.assert_close(
+                one.double(), value.double(), rtol=1e-2, atol=1.0 if one.dtype is torch.int8 else 1e-3
+            )
 
 
 @pytest.mark.slow
