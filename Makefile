@@ -44,7 +44,7 @@ test-kernels: setup ## compile a GPU kernel of each kind, run Triton's kernels i
 	@test -f $(KERNELS)/.installed || \
 		{ $(PIP) install --no-deps --target $(KERNELS) $(CUTLASS) triton==3.8.0 && touch $(KERNELS)/.installed; }
 	@CACHEQUANT_TEST_KERNELS=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest -n 2 tests/kernels/cuda/test_build.py \
-		tests/kernels/cuda/test_triton.py
+		tests/kernels/cuda/test_triton.py tests/kernels/cuda/test_gpu_checks.py
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

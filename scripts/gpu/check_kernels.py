@@ -1,4 +1,4 @@
-"""Every int8 kernel on this GPU against exact integers and float64: fresh random inputs, poisoned outputs.
+"""Every int8 kernel on this GPU against exact integers and float64: fresh random inputs, poisoned memory.
 
 Prints one line per kernel and writes all cases to --json; the exit status is 1 if any case fails, 2 without a GPU.
 `--quick` runs the smallest shapes only, for compute-sanitizer.
@@ -15,13 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from kernel_cases import LIMITS, Case, attempt, compare, grid, integers, poison
+from kernel_cases import LIMITS, Case, attempt, compare, grid, integers, poison, worst
+from norm_cases import PADDINGS, norms
 from torch import Tensor
 
 from cachequant.kernels.cuda import dispatch, ops, reference, step_ops
 from cachequant.kernels.cuda.triton_feed_forward import BLOCKS as FEED_FORWARD_BLOCKS
 from cachequant.kernels.cuda.triton_product import BLOCKS
+
+CARD = "cuda"
+"""Where the cases run."""
 
 LINEAR = [
     (1, 16, 16),
@@ -58,13 +61,13 @@ def product_case(
     n, rows = w.shape[0], tuple(total.shape[:-1])
     spread = total.float().std().clamp(min=1)
     to = 40.0 if dtype is torch.int8 else 1.0
-    scale = (0.5 + torch.rand(n, device="cuda")) / spread * to
-    shift = torch.randn(n, device="cuda") * to if "shift" in parts else None
+    scale = (0.5 + torch.rand(n)) / spread * to
+    shift = torch.randn(n) * to if "shift" in parts else None
     kind = torch.float16 if dtype is torch.int8 else dtype
-    source = torch.randn(*rows, n, device="cuda").to(kind) if "source" in parts else None
-    sums = torch.randint(-5000, 5000, rows, device="cuda").float() if "sums" in parts else None
-    offset = torch.randn(n, device="cuda") * 1e-4 * to if "sums" in parts else None
-    out = poison(torch.empty(*rows, n, dtype=dtype, device="cuda"))
+    source = torch.randn(*rows, n).to(kind) if "source" in parts else None
+    sums = torch.randint(-5000, 5000, rows).float() if "sums" in parts else None
+    offset = torch.randn(n) * 1e-4 * to if "sums" in parts else None
+    out = poison(torch.empty(*rows, n, dtype=dtype))
     dispatch.run_product(x, w, stride, scale, shift, source, 0.5, sums, offset, out, name=name)
     expected = reference.epilogue(total, scale, shift, source, 0.5, sums, offset, torch.float32)
     expected = reference.cast(expected, torch.int8) if dtype is torch.int8 else expected
@@ -75,15 +78,15 @@ def product_case(
 def exact_case(name: str, x: Tensor, w: Tensor, stride: tuple[int, int], dtype: torch.dtype) -> Case:
     """Sums small enough for the output's type to hold them: every integer must be right."""
     bound = 100 if dtype is torch.int8 else 256 if dtype is torch.bfloat16 else 2048
-    few = (torch.rand(w.shape, device="cuda") < bound / max(1, w[0].numel())).to(torch.int8)
+    few = (torch.rand(w.shape) < bound / max(1, w[0].numel())).to(torch.int8)
     small, weight = x.clamp(-1, 1), few * w.sign()
     total = (
         reference.accumulate_linear(small, weight)
         if x.dim() == 2
         else reference.accumulate_conv2d(small, weight, stride)
     )
-    out = poison(torch.empty(total.shape, dtype=dtype, device="cuda"))
-    one = torch.ones(w.shape[0], device="cuda")
+    out = poison(torch.empty(total.shape, dtype=dtype))
+    one = torch.ones(w.shape[0])
     dispatch.run_product(small, weight, stride, one, None, None, 0.0, None, None, out, name=name)
     wrong = float((out.float() != reference.cast(total.float(), dtype).float()).float().mean())
     return Case(name, f"exact {list(x.shape)}x{list(w.shape)} {str(dtype)[6:]}", wrong, 0.0, wrong == 0.0)
@@ -125,39 +128,14 @@ def products(quick: bool, triton: bool) -> Iterator[Case]:
                 yield attempt(name, f"exact {list(x.shape)}", exact_case, name, x, w, stride, dtype)
 
 
-def group_norm_case(
-    size: tuple[int, int, int], widths: tuple[int, ...], pad: list[int], shifted: bool, dtype: torch.dtype
-) -> Case:
-    """GroupNorm + SiLU of one image or two halves; the worst half counts."""
-    grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])[: len(widths)].contiguous()
-    parts = [torch.randn(*size, c, device="cuda").to(dtype) + 1 for c in widths]
-    gain, base = (torch.randn(sum(widths), device="cuda").to(dtype) for _ in range(2))
-    shift = torch.randn(size[0], sum(widths), device="cuda").to(dtype) if shifted else None
-    found = ops.group_norm_int8(parts, shift, gain, base, 32, 1e-5, True, grids, pad)
-    left, right, top, bottom = pad
-    expected = reference.group_norm(parts, shift, gain, base, 32, 1e-5, True, grids, (left, right, top, bottom))
-    label = f"{list(size)} {widths} pad {pad} {str(dtype)[6:]}"
-    cases = [compare("group_norm_int8", label, f, e, 0.01) for f, e in zip(found, expected, strict=True)]
-    return max(cases, key=lambda case: (not case.ok, case.error))
-
-
-def float_norm_case(size: tuple[int, int, int], channels: int, dtype: torch.dtype) -> Case:
-    """GroupNorm in floating point."""
-    x = torch.randn(*size, channels, device="cuda").to(dtype) + 1
-    gain, base = (torch.randn(channels, device="cuda").to(dtype) for _ in range(2))
-    y = F.group_norm(x.double().permute(0, 3, 1, 2), 32, gain.double(), base.double(), 1e-5).permute(0, 2, 3, 1)
-    label = f"{list(x.shape)} {str(dtype)[6:]}"
-    return compare("group_norm_float", label, ops.group_norm_float(x, gain, base, 32, 1e-5), y, LIMITS[dtype])
-
-
 def feed_forward_case(m: int, n: int, k: int, kind: str, sums: bool, tile: str) -> Case:
     """A product with its activation: integers off by one are rare."""
     x, w = integers(m, k), integers(2 * n if kind == "geglu" else n, k)
-    scale = (0.5 + torch.rand(len(w), device="cuda")) / (k**0.5 * 5500)  # hidden values around 1
-    shift = torch.randn(len(w), device="cuda")
+    scale = (0.5 + torch.rand(len(w))) / (k**0.5 * 5500)  # hidden values around 1
+    shift = torch.randn(len(w))
     rows = reference.window_sum(x[None, None], (1, 1), (1, 1)).flatten() if sums else None
-    offset = torch.randn(len(w), device="cuda") / (k**0.5 * 74) if sums else None
-    out = poison(torch.empty(m, n, dtype=torch.int8, device="cuda"))
+    offset = torch.randn(len(w)) / (k**0.5 * 74) if sums else None
+    out = poison(torch.empty(m, n, dtype=torch.int8))
     dispatch.run_activated(x, w, scale, shift, rows, offset, grid(-5.0), kind, out, name=tile)
     expected = reference.activated(x, w, scale, shift, rows, offset, grid(-5.0), kind)
     return compare(f"{kind} {tile}", f"{m}x{n}x{k} {sums}", out, expected, 0.01)
@@ -173,39 +151,11 @@ def feed_forwards(quick: bool) -> Iterator[Case]:
                     yield attempt(f"{kind} {tile}", f"{m}x{n}x{k}", feed_forward_case, m, n, k, kind, sums, tile)
 
 
-def layer_norm_case(size: tuple[int, int], channels: int, affine: bool, modulate: bool, dtype: torch.dtype) -> Case:
-    """LayerNorm on two grids."""
-    grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])
-    x = torch.randn(*size, channels, device="cuda").to(dtype) + 1
-    weight, bias = (torch.randn(channels, device="cuda").to(dtype) if affine else None for _ in range(2))
-    scale, shift = (torch.randn(size[0], channels, device="cuda").to(dtype) if modulate else None for _ in range(2))
-    found = ops.layer_norm_int8(x, weight, bias, scale, shift, 1e-5, grids)
-    expected = reference.layer_norm(x, weight, bias, scale, shift, 1e-5, grids)
-    return compare("layer_norm_int8", f"{list(x.shape)} {affine} {modulate} {str(dtype)[6:]}", found, expected, 0.01)
-
-
-def gated_cases(size: tuple[int, int], channels: int, dtype: torch.dtype) -> Case:
-    """A residual with a gate, alone and with the norm behind it; the worst of the three results counts."""
-    grids = torch.stack([grid(-17.0), grid(23.0, 0.05)])
-    x, more = (torch.randn(*size, channels, device="cuda").to(dtype) + 1 for _ in range(2))
-    gate, scale, shift = (torch.randn(size[0], channels, device="cuda").to(dtype) for _ in range(3))
-    total, found = ops.gated_layer_norm_int8(x, more, gate, scale, shift, 1e-5, grids)
-    exact = x.double() + gate.double()[:, None] * more.double()
-    expected = reference.layer_norm(total, None, None, scale, shift, 1e-5, grids)
-    label = f"{list(x.shape)} {str(dtype)[6:]}"
-    cases = [
-        compare("gated_layer_norm_int8", label, found, expected, 0.01),
-        compare("gated_layer_norm_int8", label, total, exact, LIMITS[dtype]),
-        compare("gated_layer_norm_int8", label, ops.gated_sum(x, more, gate), exact, LIMITS[dtype]),
-    ]
-    return max(cases, key=lambda case: (not case.ok, case.error))
-
-
 def map_case(size: tuple[int, ...], layout: torch.memory_format, mapped: int, dtype: torch.dtype) -> Case:
     """A map of a feature or prediction by the row of its step, with a second tensor of another layout."""
-    x = torch.randn(*size, device="cuda").to(dtype).contiguous(memory_format=layout)
-    other = torch.randn(*size, device="cuda").to(dtype)
-    maps, step = torch.randn(5, 3, mapped, device="cuda"), torch.tensor([3], device="cuda")
+    x = torch.randn(*size).to(dtype).contiguous(memory_format=layout)
+    other = torch.randn(*size).to(dtype)
+    maps, step = torch.randn(5, 3, mapped), torch.tensor([3])
     exact = reference.map_channels(x.double(), other.double(), maps.double(), step, 1)
     found = step_ops.map_channels(x, other, maps, step, 1)
     return compare("map_channels", f"{list(size)} {mapped} {str(dtype)[6:]}", found, exact, LIMITS[dtype])
@@ -213,28 +163,25 @@ def map_case(size: tuple[int, ...], layout: torch.memory_format, mapped: int, dt
 
 def load_case(grids: int, width: int, mapped: bool) -> Case:
     """The rows of a step; the worst of the four results counts."""
-    step, steps, corrected = torch.tensor([3], device="cuda"), 5, -(-width // 3)
-    place = torch.full((width,), -1, dtype=torch.int32, device="cuda")
-    place[::3] = torch.arange(corrected, dtype=torch.int32, device="cuda")
-    owner = torch.randint(0, grids, (width,), dtype=torch.int32, device="cuda")
-    columns = [owner, *torch.randn(4, width, device="cuda")]
-    maps = [place, *torch.rand(2, steps, corrected, device="cuda")] if mapped else []
-    tables = torch.randn(steps, grids, 4, device="cuda"), torch.rand(steps, grids, 2, device="cuda")
-    found, expected = (
-        [torch.full((grids, 4), torch.nan, device="cuda"), *torch.full((3, width), torch.nan, device="cuda")]
-        for _ in range(2)
-    )
+    step, steps, corrected = torch.tensor([3]), 5, -(-width // 3)
+    place = torch.full((width,), -1, dtype=torch.int32)
+    place[::3] = torch.arange(corrected, dtype=torch.int32)
+    owner = torch.randint(0, grids, (width,), dtype=torch.int32)
+    columns = [owner, *torch.randn(4, width)]
+    maps = [place, *torch.rand(2, steps, corrected)] if mapped else []
+    tables = torch.randn(steps, grids, 4), torch.rand(steps, grids, 2)
+    found, expected = ([torch.full((grids, 4), torch.nan), *torch.full((3, width), torch.nan)] for _ in range(2))
     step_ops.load_step(step, *tables, columns, maps, *found)
     reference.load_step(step, *tables, columns, maps, *expected)
     cases = [
         compare("load_step", f"{grids} {width} {mapped}", *pair, 1e-5) for pair in zip(found, expected, strict=True)
     ]
-    return max(cases, key=lambda case: (not case.ok, case.error))
+    return worst(cases)
 
 
 def quantize_case(size: tuple[int, int, int], pad: list[int], upsample: int, dtype: torch.dtype) -> Case:
     """Quantisation into a padded, perhaps enlarged image: no integer may differ."""
-    x = torch.randn(*size, 320, device="cuda").to(dtype) * 3
+    x = torch.randn(*size, 320).to(dtype) * 3
     left, right, top, bottom = pad
     expected = reference.quantize_image(x, grid(-17.0), (left, right, top, bottom), upsample)
     label = f"{list(size)} pad {pad} x{upsample} {str(dtype)[6:]}"
@@ -255,7 +202,7 @@ ATTENTIONS = ((1, 5, 3, 2, 8), (2, 256, 77, 8, 160), (2, 1024, 77, 8, 80), (2, 1
 
 def attention_case(b: int, n: int, m: int, heads: int, width: int, dtype: torch.dtype) -> Case:
     """The fastest attention for a shape, operands as slices of joint projections, against softmax in float64."""
-    joint = torch.randn(b, max(n, m), 3 * heads * width, device="cuda").to(dtype)
+    joint = torch.randn(b, max(n, m), 3 * heads * width).to(dtype)
     q, k, v = (part[:, :rows] for part, rows in zip(joint.chunk(3, dim=2), (n, m, m), strict=True))
     wide = [t.double().unflatten(2, (heads, width)).transpose(1, 2) for t in (q, k, v)]
     weights = (wide[0] @ wide[1].transpose(2, 3) / width**0.5).softmax(dim=3)
@@ -266,24 +213,13 @@ def attention_case(b: int, n: int, m: int, heads: int, width: int, dtype: torch.
 
 
 def pointwise(quick: bool) -> Iterator[Case]:
-    """Normalisations, quantisation, window sums: the operators as the network calls them."""
+    """Quantisation, maps, attention, window sums: the operators as the network calls them."""
     sizes = [(2, 3, 5)] if quick else [(1, 1, 2), (2, 8, 8), (2, 7, 9), (2, 32, 32), (2, 64, 64), (1, 40, 33)]
-    paddings = ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1])
     for size, dtype in itertools.product(sizes, (torch.float16, torch.bfloat16, torch.float32)):
         if dtype is not torch.float16 and size != sizes[-1]:
             continue
-        for widths, pad in itertools.product(((32,), (320,), (64, 32), (640, 320)), paddings):
-            arguments = (size, widths, pad, pad != paddings[0], dtype)
-            yield attempt("group_norm_int8", str(arguments), group_norm_case, *arguments)
-        for channels in (32, 320, 960):
-            yield attempt("group_norm_float", str((size, channels)), float_norm_case, size, channels, dtype)
-        for pad, upsample in zip(paddings, (1, 2, 1), strict=True):
+        for pad, upsample in zip(PADDINGS, (1, 2, 1), strict=True):
             yield attempt("quantize_image", str((size, pad)), quantize_case, size, pad, upsample, dtype)
-        rows = (size[0], size[1] * size[2])
-        for channels, flags in itertools.product((320, 1152, 1280), ((True, False), (False, True), (True, True))):
-            yield attempt("layer_norm_int8", str((rows, channels)), layer_norm_case, rows, channels, *flags, dtype)
-        for channels in (320, 1152):
-            yield attempt("gated_layer_norm_int8", str((rows, channels)), gated_cases, rows, channels, dtype)
         for channels, layout in itertools.product((4, 320), (torch.contiguous_format, torch.channels_last)):
             arguments = (size[0], channels, *size[1:]), layout, min(channels, 300), dtype
             yield attempt("map_channels", str(arguments), map_case, *arguments)
@@ -297,8 +233,8 @@ def pointwise(quick: bool) -> Iterator[Case]:
 
 def graphs() -> Iterator[Case]:
     """The operators inside a CUDA graph: replayed on new inputs they give what they give outside."""
-    x, w = torch.empty(2, 16, 16, 64, device="cuda", dtype=torch.float16), integers(128, 3, 3, 64)
-    scale, step, gain = torch.rand(128, device="cuda") * 1e-3, grid(-9.0), torch.ones(64, device="cuda").half()
+    x, w = torch.empty(2, 16, 16, 64, dtype=torch.float16), integers(128, 3, 3, 64)
+    scale, step, gain = torch.rand(128) * 1e-3, grid(-9.0), torch.ones(64).half()
     sequence = torch.stack([step])
 
     def run() -> Tensor:
@@ -326,6 +262,7 @@ def graphs() -> Iterator[Case]:
 PARTS_OF_CHECK: dict[str, Callable[[bool], Iterator[Case]]] = {
     "compiled": lambda quick: products(quick, triton=False),
     "triton": lambda quick: products(quick, triton=True),
+    "norms": norms,
     "pointwise": pointwise,
     "feed-forward": feed_forwards,
     "graphs": lambda quick: graphs(),
@@ -343,14 +280,15 @@ def main() -> int:
         print("error: no GPU was found, expected a CUDA device: run this on a machine with one", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
-    cases = [case for part in given.part or PARTS_OF_CHECK for case in PARTS_OF_CHECK[part](given.quick)]
+    with torch.device(CARD):
+        cases = [case for part in given.part or PARTS_OF_CHECK for case in PARTS_OF_CHECK[part](given.quick)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {len(cases)} cases")
     for kernel in dict.fromkeys(case.kernel for case in cases):
         own = [case for case in cases if case.kernel == kernel]
         failed = [case for case in own if not case.ok]
-        worst = max(own, key=lambda case: (not case.ok, case.error))
-        print(f"{'FAILED' if failed else 'ok':6} {kernel:60} {len(own) - len(failed)}/{len(own)} worst {worst.error:.2e}"
-              + (f"  {worst.case}" if failed else ""))  # fmt: skip
+        last = worst(own)
+        print(f"{'FAILED' if failed else 'ok':6} {kernel:60} {len(own) - len(failed)}/{len(own)} worst {last.error:.2e}"
+              + (f"  {last.case}" if failed else ""))  # fmt: skip
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(case) for case in cases], indent=0), encoding="utf-8")
     return int(any(not case.ok for case in cases))

@@ -25,7 +25,7 @@ keep() {
 
 check() { # the parts share the GPU: correctness does not mind
   local status=0 pids=()
-  for part in compiled triton pointwise feed-forward; do
+  for part in compiled triton norms pointwise feed-forward; do
     timeout 230 python3 scripts/gpu/check_kernels.py --part $part --json "$work/check-$part.json" \
       >"$work/check-$part.log" 2>&1 &
     pids+=($!)
@@ -35,7 +35,7 @@ check() { # the parts share the GPU: correctness does not mind
   tail -n 40 "$work"/check-*.log
   if command -v compute-sanitizer >/dev/null; then
     timeout 100 compute-sanitizer --error-exitcode 9 python3 scripts/gpu/check_kernels.py --quick --part compiled \
-      --part pointwise >"$work/sanitizer.log" 2>&1 || status=1
+      --part norms --part pointwise >"$work/sanitizer.log" 2>&1 || status=1
     tail -n 3 "$work/sanitizer.log"
   fi
   return $status

@@ -224,9 +224,10 @@ def _group_norm(
     pieces = triton.cdiv(h * w, chunk)
     moments = torch.empty(3, b, pieces, groups, dtype=torch.float32, device=first.device)
     added, stride = (weight, 0) if shift is None else (shift, shift.stride(0))
+    at_once = max(1, min(chunk, MOMENT_BLOCK // lanes))
     flags = {"halves": len(parts) > 1, "has_shift": shift is not None, "per_group": per_group}
     _moments_kernel[(b, pieces, blocks)](
-        first, second, added, stride, moments, h * w, widths[0], widths[-1], groups, rows=min(chunk, MOMENT_BLOCK // lanes),
+        first, second, added, stride, moments, h * w, widths[0], widths[-1], groups, rows=at_once,
         held=held, block_g=triton.next_power_of_2(held), block_c=lanes, num_warps=MOMENT_WARPS, chunk=chunk, **flags,
     )  # fmt: skip
     block = min(128, triton.next_power_of_2(max(widths)))

@@ -194,11 +194,14 @@ def test_group_norm_without_activation_or_border():
     assert_same_integers(found, expected)
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(24, 4), (5000, 1)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_group_norm_in_floating_point(dtype):
-    x, weight, bias = draw(2, 9, 8, 24, dtype=dtype) + 3.0, draw(24), draw(24)
-    found = triton_norm.group_norm_float(x, weight, bias, 4, 1e-5)
-    expected = F.group_norm(x.double().permute(0, 3, 1, 2), 4, weight.double(), bias.double(), 1e-5).permute(0, 2, 3, 1)
+def test_group_norm_in_floating_point(dtype, channels, groups):
+    """Also where one group's channels are more than a program has in flight."""
+    x, weight, bias = draw(2, 5, 4, channels, dtype=dtype) + 3.0, draw(channels), draw(channels)
+    found = triton_norm.group_norm_float(x, weight, bias, groups, 1e-5)
+    wide = x.double().permute(0, 3, 1, 2)
+    expected = F.group_norm(wide, groups, weight.double(), bias.double(), 1e-5).permute(0, 2, 3, 1)
     assert found.dtype is dtype
     tolerance = 2e-3 if dtype is torch.float16 else 1e-5
     assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
