@@ -14,4 +14,19 @@ From Σ (u - zero)·(w + o) = Σ u·w - zero·Σ w + o·Σ u - zero·o·n (n ter
 
 with a₂, b₂ the correction of the executed step: exact integers, then one multiply-add. `offset` and its sums Σ u are left
 out where o is 0. A residual, or the product of the other half behind a concat, is added in the same epilogue.
+
+Which kernel multiplies (`variants` lists CUTLASS's; where there is none Triton runs, slower, and `cachequant.report` names
+the layers whose channels or weights are the reason):
+
+    product                               sm90 (9.0)        sm80 (8.0 and newer, but 9.0)
+    linear to float16, bfloat16, int8     CUTLASS           CUTLASS
+    linear + tanh GELU to int8            CUTLASS           Triton, activation included
+    linear + exact GELU or GEGLU to int8  Triton            Triton
+    convolution to float16, bfloat16      CUTLASS           CUTLASS, but Triton for asymmetric weights
+    convolution to int8                   Triton            Triton
+    anything to float32                   Triton            Triton
+
+CUTLASS needs input channels in multiples of 16, output channels of 8 (16 for int8). No layer asks for a convolution to int8:
+its output goes through a norm or a residual, and the operator there makes the integers. A kernel that fails for a shape is
+left out, and plain torch (`plain`) computes what none runs.
 """

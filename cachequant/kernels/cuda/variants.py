@@ -139,7 +139,8 @@ VARIANTS: tuple[Variant, ...] = (
 )
 """All of them. A multiprocessor takes in 64 bytes a clock, so a tile is as good as its operations per byte, as long as there
 are tiles for all 132: 128×160 for large images, 128×96 where it fills the last wave better, clusters that share the weights,
-narrow tiles for small images. Two sizes serve older cards."""
+narrow tiles for small images. Two sizes serve older cards. No convolution ends in int8, no kernel for older cards in GELU,
+and none at all in GEGLU: Triton runs these, see `cachequant.kernels.cuda`."""
 
 
 def variants_for(capability: tuple[int, int]) -> tuple[Variant, ...]:

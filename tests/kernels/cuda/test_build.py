@@ -26,6 +26,19 @@ def test_every_card_has_a_product_and_a_convolution_in_both_types(capability):
     assert {v.arch for v in variants_for(capability)} == ({90} if capability == (9, 0) else {80})
 
 
+def test_what_is_documented_as_tritons_has_no_compiled_kernel():
+    """The table in the docstring of `cachequant.kernels.cuda`."""
+    both = {torch.float16, torch.bfloat16}
+    for arch in (80, 90):
+        ends = {
+            kind: {v.dtype for v in VARIANTS if (v.operation, v.arch) == (kind, arch)} for kind in ("linear", "conv2d")
+        }
+        assert ends == {"linear": both | {torch.int8}, "conv2d": both}
+    assert {(v.operation, v.arch, v.activation) for v in VARIANTS if v.activation} == {("linear", 90, "gelu_tanh")}
+    asymmetric = {(v.operation, v.arch) for v in VARIANTS if v.unsupported(32, 32, has_row_sum=True)}
+    assert asymmetric == {("conv2d", 80)}
+
+
 def test_old_cards_have_none():
     assert variants_for((7, 5)) == ()
 
