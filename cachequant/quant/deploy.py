@@ -92,9 +92,12 @@ class Deployment:
             raise
 
     def not_compiled(self, capability: tuple[int, int], dtype: torch.dtype) -> dict[str, str]:
-        """Layer -> why a card of this capability runs it by Triton's slower kernels; `dtype` is that of the activations."""
-        modules = {name: self.network.get_submodule(name) for name in self.integer}
-        reasons = {name: module.not_compiled(capability, dtype) for name, module in modules.items()}  # type: ignore[operator]
+        """Layer -> why a card of this capability runs it by Triton's slower kernels; `dtype` is that of the activations.
+
+        Layers whose outputs were tabled ran once, and do not count.
+        """
+        running = {name: module for name, module in self.network.named_modules() if hasattr(module, "not_compiled")}
+        reasons = {name: module.not_compiled(capability, dtype) for name, module in running.items()}  # type: ignore[operator]
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def remove(self) -> None:

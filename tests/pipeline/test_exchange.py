@@ -148,7 +148,7 @@ def test_a_plan_goes_out_and_comes_back(pipe: Any, plan: Plan, folder: Path, tmp
     assert main(["export", str(back), str(again)]) == 0
     assert set(read(again)) == set(read(checkpoint))
     for key, value in read(checkpoint).items():
-        torch.testing.assert_close(read(again)[key], value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(read(again)[key], value, rtol=1e-5, atol=1e-6)
     before, after = with_plan(pipe, plan, "simulated"), with_plan(pipe, back, "simulated")
     assert float(psnr(after, before, 1.0).mean()) > 33.0
 

@@ -317,6 +317,22 @@ def test_layers_that_no_compiled_kernel_takes_are_named(monkeypatch):
     deployment.remove()
 
 
+@pytest.mark.parametrize("build", NETWORKS)
+def test_tabled_layers_are_none_that_a_slower_kernel_runs(build, monkeypatch):
+    """What `enable` reports on a GPU: layers run ahead for all timesteps are no longer in the network."""
+    network, state, clock = prepared(build)
+    variants = variants_for((9, 0))
+    monkeypatch.setattr(dispatch, "built", lambda capability: variants)
+    found = []
+    for timesteps in (None, list(range(clock.schedule.num_steps))):
+        deployment = deploy_on_device(network, state, clock, device=torch.device("cpu"), timesteps=timesteps)
+        assert deployment.integer.keys() == state.layers.keys()
+        found.append(deployment.not_compiled((9, 0), torch.float16))
+        deployment.remove()
+    without, tabled = found
+    assert tabled.items() <= without.items() and without.keys() <= state.layers.keys()
+
+
 def test_replaced_layers_wait_in_the_hosts_memory(monkeypatch):
     """Each is moved there when its integers stand in its place, and back before it returns."""
     moved: list[tuple[nn.Module, torch.device]] = []
