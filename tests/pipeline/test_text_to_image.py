@@ -17,6 +17,8 @@ from cachequant.config import RunConfig, repository_folder
 from cachequant.pipeline.calibrate import gather
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.stages import Stages
+from cachequant.pipeline.step import cache_of
+from cachequant.quant.deploy import deploy_on_device
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,21 @@ def test_plan_fits_guidance_and_the_extra_evaluation_of_plms(
     assert torch.equal(draw(pipe), accelerated)
     cq.disable(pipe)
     assert torch.equal(draw(pipe), reference)
+
+
+@pytest.mark.parametrize("method", ["paper", "best"])
+def test_a_calibrated_plan_lets_keys_and_values_be_computed_once_a_prompt(
+    stable_diffusion: Any, config: Callable[..., RunConfig], tmp_path: Path, method: str
+) -> None:
+    """What the prompt alone determines has the same grid at every step, so that the GPU's runner holds it for all of them."""
+    context = Context.of(stable_diffusion, config(f"method={method}"))
+    plan, _ = Stages.at(context, tmp_path / "run", quiet=True).plan()
+    network, cache = context.adapter.denoiser, cache_of(plan, context.adapter)
+    crossed = [m for m in network.modules() if getattr(m, "is_cross_attention", False)]
+    assert plan.quant is not None and len(crossed) == 4
+    made = deploy_on_device(network, plan.quant, cache, plan.correction, torch.device("cpu"))
+    assert made.context is not None and {id(m) for m in made.context.attentions} == {id(m) for m in crossed}
+    made.remove()
 
 
 @pytest.mark.parametrize("kind", ["uniform", "dps"])
