@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachequant import __version__
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
 from cachequant.pipeline.at_work import at_work, backend_of
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call, StepFunction
-from cachequant.pipeline.machine import processor_name
+from cachequant.pipeline.machine import processor_name, versions
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
 from cachequant.schedule import uniform_schedule
@@ -206,5 +205,5 @@ def _facts(context: Context, plan: Plan, rounds: int) -> dict[str, Any]:
         "plan": "activation grids of one evaluation, corrections that change nothing: the times of a calibrated plan",
         "machine": f"{processor_name()}, {platform.machine()}, {platform.system()}",
         "threads": torch.get_num_threads(),
-        "versions": {"cachequant": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cachequant import __version__
 from cachequant.errors import UserError
 from cachequant.models.adapter import device_of, on_card
 from cachequant.models.cost import float_bytes
@@ -23,6 +21,7 @@ from cachequant.pipeline.bench_modes import MODES, Mode, Running, Setup
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.first_calls import first_call
 from cachequant.pipeline.hook import Call
+from cachequant.pipeline.machine import versions
 from cachequant.pipeline.memory import held_bytes
 from cachequant.pipeline.timing_plan import timing_plan
 from cachequant.plan import Plan
@@ -359,8 +358,5 @@ def _facts(timer: Timer) -> dict[str, Any]:
         "quant": {"weight_symmetric": config.quant.weight_symmetric, "time_embedding": config.quant.time_embedding},
         "float32_bytes": timer.float32_bytes,
         "card": torch.cuda.get_device_name() if timer.device.type == "cuda" else None,
-        "versions": {
-            "cachequant": __version__, "torch": torch.__version__, "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }  # fmt: skip

@@ -45,7 +45,7 @@ bench() { # seconds, name, arguments: one configuration in one process; its JSON
   local seconds=$1 name=$2
   shift 2
   timeout "$seconds" python3 -m cachequant bench "$@" --device cuda --random-weights --json "$work/bench-$name.json" \
-    --set quant.weight_symmetric=true --set quant.time_embedding=false 2>&1 | tee "$work/bench-$name.log"
+    --set quant.weight_symmetric=true 2>&1 | tee "$work/bench-$name.log"
 }
 loops=fp16-graph,fp16-compile,fp16-compile-cache,int8,cachequant
 whole=fp16,fp16-compile,fp16-compile-cache,cachequant

@@ -104,7 +104,7 @@ def test_plan_fits_guidance_and_the_extra_evaluation_of_plms(
 def test_a_calibrated_plan_lets_keys_and_values_be_computed_once_a_prompt(
     stable_diffusion: Any, config: Callable[..., RunConfig], tmp_path: Path, method: str
 ) -> None:
-    """What the prompt alone determines has the same grid at every step, so that the GPU's runner holds it for all of them."""
+    """What the prompt alone determines has the same grid at every step, so that the GPU holds it for all of them."""
     context = Context.of(stable_diffusion, config(f"method={method}"))
     plan, _ = Stages.at(context, tmp_path / "run", quiet=True).plan()
     network, cache = context.adapter.denoiser, cache_of(plan, context.adapter)
