@@ -44,6 +44,7 @@ class Findings:
         figures: caption -> figure, in order.
         numbers: everything behind them, ready for JSON.
         facts: name -> value, beside those of machine and configuration.
+        details: tables that are too long for a terminal, on the page only.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Findings:
     figures: dict[str, Figure]
     numbers: dict[str, Any]
     facts: dict[str, str] = field(default_factory=dict)
+    details: list[Table] = field(default_factory=list)
 
     def text(self) -> str:
         """The tables, for a terminal."""
@@ -72,6 +74,7 @@ def write_study(findings: Findings, context: Context, page: Path) -> list[Path]:
     blocks = [sections_block(findings.notes)]
     blocks += [table_block(table.heading, table.columns, table.lines) for table in findings.tables]
     blocks.append(figures_block("Figures", {caption: figure_png(f) for caption, f in findings.figures.items()}))
+    blocks += [table_block(table.heading, table.columns, table.lines) for table in findings.details]
     blocks.append(facts_block("How it was made", facts.items()))
     config = config_to_dict(context.config)
     settings = [

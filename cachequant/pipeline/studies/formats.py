@@ -71,7 +71,7 @@ def study(subject: StudySubject, count: int) -> Findings:
     note = ("How to read it", (__doc__ or "").strip())
     figures = {"Unexplained share of each layer": plot(rows)}
     title = "Number formats under the same fit"
-    return Findings(title, [note], [table], figures, {"rows": [asdict(row) for row in rows]})
+    return Findings(title, [note], [table], figures, {"rows": [asdict(row) for row in rows]}, details=[by_layer(rows)])
 
 
 def measure(stages: Stages, formats: Mapping[str, dict[str, Any]] = FORMATS) -> list[FormatRow]:
@@ -132,6 +132,15 @@ def summary(rows: list[FormatRow]) -> list[list[str]]:
         numbers = [before.median(), after.median(), before.min(), after.min()]
         lines.append([name, *(f"{float(n):.5f}" for n in numbers), f"{float(removed):.1%}", worst])
     return lines
+
+
+def by_layer(rows: list[FormatRow]) -> Table:
+    """A line per layer: R² before → after its correction in every format."""
+    formats = tuple(dict.fromkeys(row.format for row in rows))
+    cells = {(row.layer, row.format): f"{row.before:.5f} → {row.after:.5f}" for row in rows}
+    layers = dict.fromkeys(row.layer for row in rows)
+    lines = [[layer, *(cells.get((layer, name), "–") for name in formats)] for layer in layers]
+    return Table("R² of each layer, before → after", ("layer", *formats), lines)
 
 
 COLUMNS = ("format", "median R²", "after", "least R²", "after", "error removed", "least in")

@@ -14,7 +14,7 @@ from cachequant.correction import Moments, fit_affine
 from cachequant.errors import UserError
 from cachequant.pipeline.context import Context
 from cachequant.pipeline.stages import Stages
-from cachequant.pipeline.studies.formats import FORMATS, measure, plot, r_squared, study, summary
+from cachequant.pipeline.studies.formats import FORMATS, by_layer, measure, plot, r_squared, study, summary
 from cachequant.pipeline.studies.subject import StudySubject
 
 Configure = Callable[..., RunConfig]
@@ -50,6 +50,12 @@ def test_every_layer_in_every_format(pipe: Any, configure: Configure, tmp_path: 
     mean = {name: sum(row.before for row in rows if row.format == name) / len(layers) for name in names}
     assert mean["INT8"] > mean["FP8 E4M3"] > mean["W4A8"] > mean["log2 4-bit weights"] > 0
     assert [line[0] for line in summary(rows)] == list(names)
+    table = by_layer(rows)
+    assert table.columns == ("layer", *names) and {line[0] for line in table.lines} == layers
+    for row in rows[::17]:
+        (line,) = [each for each in table.lines if each[0] == row.layer]
+        shown = line[1 + names.index(row.format)]
+        assert [float(part) for part in shown.split(" → ")] == pytest.approx([row.before, row.after], abs=5.1e-6)
     curves = plot(rows).axes[0].get_lines()
     assert len(curves) == 2 * len(names) and all(len(c.get_xdata()) == len(layers) for c in curves)
     assert not any(type(m).__name__ == "QuantLayer" for m in pipe.unet.modules())

@@ -39,10 +39,14 @@ def test_a_page_holds_tables_and_figures_and_lies_beside_its_files(
     figure = Figure()
     figure.subplots().plot([1, 2])
     table = Table("Numbers <1>", ("name", "value"), [["first", "1.5"], ["second & last", "22"]])
-    found = Findings("A title", [("Note", "text")], [table], {"What it shows": figure}, {"value": 1.5}, {"fact": "yes"})
+    long = Table("Everything", ("name",), [["only here"]])
+    found = Findings(
+        "A title", [("Note", "text")], [table], {"What it shows": figure}, {"value": 1.5}, {"fact": "yes"}, [long]
+    )
     page, numbers, picture = write_study(found, context, tmp_path / "study.html")
     text = page.read_text()
     assert "<h2>Numbers &lt;1&gt;</h2>" in text and "second &amp; last" in text and "What it shows" in text
+    assert "only here" in text and "only here" not in found.text()
     assert set(re.findall(r"(?:src|href)=\"(\w+:)", text)) == {"data:"}
     record = json.loads(numbers.read_text())
     assert (
