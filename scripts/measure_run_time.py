@@ -1,9 +1,11 @@
 """Seconds an image takes with each method, on real integers where they are, in turn: what corrections cost at run time.
 
     python scripts/measure_run_time.py configs/fashion.yaml --methods paper,best --rounds 5 [--set KEY=VALUE] [--json FILE]
+    python scripts/measure_run_time.py configs/fashion.yaml --speedups 3,6,9
 
 Every method is calibrated first, then all of them draw the same `--count` images in turn, `--rounds` times; a batch before
-each draw is not counted. Rows have the medians, and their ratio to the first method's in the same rounds.
+each draw is not counted. Rows have the medians, and their ratio to the first method's in the same rounds. With `--speedups`
+the untouched model comes first, and `best` follows with each as `cache.speedup`: what was asked beside what was reached.
 """
 
 from __future__ import annotations
@@ -29,9 +31,14 @@ from cachequant.pipeline.stages import Stages
 from cachequant.plan import Plan
 from cachequant.storage import save_json
 
+UNTOUCHED = "full"
 
-def seconds_of(context: Context, plan: Plan, count: int, label: str) -> float:
-    """Wall-clock seconds of drawing `count` images, decoded; setting up and one batch before are not counted."""
+
+def seconds_of(context: Context, plan: Plan | None, count: int, label: str) -> float:
+    """Wall-clock seconds of drawing `count` images, decoded; setting up and one batch before are not counted.
+
+    No plan is the untouched model.
+    """
     size, first = context.config.sample.batch_size, context.config.sample.seed
     with at_work(context, plan) as running:
         sampler = deployed_sampler(context.pipe.scheduler, running.network)
@@ -63,6 +70,14 @@ def compare(runs: dict[str, list[float]], count: int) -> list[dict[str, Any]]:
     ]
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Row -> its settings; with speed-ups the untouched model and one row for each, else one for each method."""
+    if args.speedups is None:
+        return {method: [f"method={method}"] for method in args.methods.split(",")}
+    asked = {f"{float(x):g}x": ["method=best", f"cache.speedup={float(x)}"] for x in args.speedups.split(",")}
+    return {UNTOUCHED: [], **asked}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate, draw in turn: {rows, backend, …}.
 
@@ -71,22 +86,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.rounds < 1 or args.count < 1:
         raise UserError(f"--rounds is {args.rounds} and --count {args.count}, expected at least 1 of each")
-    pipe, ready = None, dict[str, tuple[Context, Plan]]()
+    pipe, ready = None, dict[str, tuple[Context, Plan | None]]()
     with tempfile.TemporaryDirectory() as scratch:
-        for method in args.methods.split(","):
-            config = cq.load_config(args.config, [*args.overrides, f"method={method}"])
+        for name, settings in settings_of(args).items():
+            config = cq.load_config(args.config, [*args.overrides, *settings])
             pipe = pipe or cq.load_pipeline(config.model, args.device)
             context = Context.of(pipe, config)
-            ready[method] = context, Stages.at(context, args.work or Path(scratch)).plan()[0]
-    runs: dict[str, list[float]] = {method: [] for method in ready}
+            stages = None if name == UNTOUCHED else Stages.at(context, args.work or Path(scratch))
+            ready[name] = context, None if stages is None else stages.plan()[0]
+    runs: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(args.rounds):
-        for method, (context, plan) in ready.items():
-            runs[method].append(seconds_of(context, plan, args.count, method))
+        for name, (context, plan) in ready.items():
+            runs[name].append(seconds_of(context, plan, args.count, name))
     return {
-        "rows": [
-            row | {"full_steps": len(ready[row["method"]][1].schedule.refresh_steps)}
-            for row in compare(runs, args.count)
-        ],
+        "rows": [row | _beside(row, *ready[row["method"]]) for row in compare(runs, args.count)],
         "backend": backend_of(context).name,
         "batch_size": context.config.sample.batch_size,
         "count": args.count,
@@ -97,11 +110,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _beside(row: dict[str, Any], context: Context, plan: Plan | None) -> dict[str, Any]:
+    """How many evaluations of a run are in full; for a speed-up, what was asked and what was reached."""
+    if plan is None:
+        return {"full_steps": context.num_steps}
+    asked = context.config.cache.speedup
+    speed = {} if asked is None else {"asked": asked, "reached": 1 / row["against_first"]}
+    return {"full_steps": len(plan.schedule.refresh_steps), **speed}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--methods", default="paper,best", help="the first is what the others are compared with")
+    parser.add_argument("--speedups", help="of the untouched model, such as 3,6,9; instead of --methods")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=32, help="images of a round")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="KEY=VALUE for every method")
@@ -113,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     def action() -> None:
         found = measure(args)
         for row in found["rows"]:
-            print("{method:14} {seconds_per_image:9.4f} s an image {against_first:7.3f}×".format(**row))
+            ratio = "{against_first:7.3f}× the first".format(**row)
+            print("{method:14} {seconds_per_image:9.4f} s an image ".format(**row) + ratio)
         if args.json is not None:
             command = "python scripts/measure_run_time.py " + " ".join(argv or sys.argv[1:])
             save_json(args.json, found | {"command": command})

@@ -48,3 +48,22 @@ def test_it_draws_with_every_method(script: dict[str, Any], tmp_path: Path) -> N
     assert record["rows"][0]["against_first"] == 1.0 and record["command"].startswith(
         "python scripts/measure_run_time.py"
     )
+
+
+def test_asked_speed_ups_stand_beside_those_that_were_reached(script: dict[str, Any], tmp_path: Path) -> None:
+    settings = (
+        "sampler.steps=6",
+        "cache.interval=2",
+        "calibration.samples=2",
+        "calibration.batch_size=2",
+        "sample.batch_size=2",
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    found, config = tmp_path / "found.json", str(repository_folder() / "configs" / "fashion.yaml")
+    common = ["--rounds", "1", "--count", "2", "--device", "cpu", "--json", str(found)]
+    assert script["main"]([config, "--speedups", "1.2,2", *common, *options]) == 0
+    full, slow, fast = json.loads(found.read_text())["rows"]
+    assert [row["method"] for row in (full, slow, fast)] == ["full", "1.2x", "2x"]
+    assert full["full_steps"] == 6 >= slow["full_steps"] >= fast["full_steps"] >= 1
+    assert slow["asked"] == 1.2 and fast["reached"] == pytest.approx(full["runs"][0] / fast["runs"][0])
+    assert "asked" not in full
