@@ -39,9 +39,9 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         return
     trim_heap()
     resettable = _reset_mark()
-    held = _pages("VmRSS")
+    held = process_memory("VmRSS")
     yield found
-    most = _pages("VmHWM")
+    most = process_memory("VmHWM")
     if resettable and held is not None and most is not None:
         found.bytes = most - held
 
@@ -55,7 +55,7 @@ def _reset_mark() -> bool:
     return True
 
 
-def _pages(field: str) -> int | None:
+def process_memory(field: str) -> int | None:
     """Bytes of a field of /proc/self/status; None elsewhere than on Linux."""
     try:
         lines = (PROCESS / "status").read_text().splitlines()
