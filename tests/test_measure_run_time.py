@@ -36,7 +36,7 @@ def test_nothing_to_measure_is_refused(
 
 def test_it_draws_with_every_method(script: dict[str, Any], tmp_path: Path) -> None:
     settings = ("sampler.steps=4", "cache.interval=2", "calibration.samples=2", "calibration.batch_size=2")
-    settings += ("sample.batch_size=2", "schedule.fallback=false")
+    settings += ("sample.batch_size=2", "schedule.cost=sampler", "schedule.fallback=false")
     options = [part for setting in settings for part in ("--set", setting)]
     found = tmp_path / "found.json"
     config = str(repository_folder() / "configs" / "fashion.yaml")
