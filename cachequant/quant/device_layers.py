@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.errors import UserError
 from cachequant.kernels.cuda import ops
 from cachequant.kernels.cuda.dispatch import not_compiled
 from cachequant.kernels.cuda.packing import DeviceWeight
 from cachequant.kernels.reference import Geometry, Pad
-from cachequant.quant.layers import Layer
+from cachequant.quant.layers import Layer, change_type_in_place
 from cachequant.quant.step_tables import Columns, StepTables
 from cachequant.types import ActivationTable, AffineMap, LayerQuant
 
@@ -120,12 +119,7 @@ class DeviceLayer(nn.Module):
         Raises:
             UserError: the network is moved to another device.
         """
-        here = torch.empty(0, device=self.tables.device)
-        if fn(here).device != here.device:
-            raise UserError(
-                f"this pipeline runs INT8 on {here.device}, expected it to stay there: call cachequant.disable first"
-            )
-        self.source._apply(lambda tensor: tensor.to(fn(here.to(tensor.dtype)).dtype))
+        change_type_in_place(self.source, self.tables.device, fn)
         super()._apply(fn, recurse)
         return self
 

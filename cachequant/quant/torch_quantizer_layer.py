@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
-from cachequant.errors import UserError
 from cachequant.kernels.torch_quantizer import Held, to_buffers
 from cachequant.kernels.torch_quantizer_package import make_module
-from cachequant.quant.layers import Layer
+from cachequant.quant.layers import Layer, change_type_in_place
 
 
 class TorchQuantizerLayer(nn.Module):
@@ -51,12 +50,7 @@ class TorchQuantizerLayer(nn.Module):
         Raises:
             UserError: the network is moved to another device.
         """
-        here = torch.empty(0, device=self.device)
-        if fn(here).device != here.device:
-            raise UserError(
-                f"this pipeline runs INT8 on {here.device}, expected it to stay there: call cachequant.disable first"
-            )
-        self.source._apply(lambda tensor: tensor.to(fn(here.to(tensor.dtype)).dtype))
+        change_type_in_place(self.source, self.device, fn)
         super()._apply(fn, recurse)
         return self
 
