@@ -147,10 +147,10 @@ class PackedWeight:
             reuse: the result takes the memory of `plus`.
         """
         op, head = torch.ops.onednn.qlinear_pointwise, (x, grid.scale, grid.zero_point, self.packed, scale, self.none)
-        if plus is None:
-            return op(*head, bias, 1.0, 0, torch.float32, "none", [], "")
-        kind = "sum" if reuse else "add"
-        return op.binary(*head, plus, bias, 1.0, 0, torch.float32, 1.0, 0, kind, 1.0, "none", [], "")
+        if plus is None or not reuse:  # oneDNN's "add" takes longer than the product and a sum behind it
+            out = op(*head, bias, 1.0, 0, torch.float32, "none", [], "")
+            return out if plus is None else out.add_(plus)
+        return op.binary(*head, plus, bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
 
     def sums(self, x: Tensor, grid: Grid) -> Tensor:
         """Σ (x - z) over everything that each output pixel or row reads: float32 [R]."""
