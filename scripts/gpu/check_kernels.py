@@ -18,6 +18,7 @@ import torch
 from kernel_cases import LIMITS, Case, attempt, compare, grid, integers, poison, worst
 from norm_cases import PADDINGS, norms
 from torch import Tensor
+from tqdm import tqdm
 
 from cachequant.kernels.cuda import dispatch, ops, reference, step_ops
 from cachequant.kernels.cuda.triton_feed_forward import BLOCKS as FEED_FORWARD_BLOCKS
@@ -281,7 +282,11 @@ def main() -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     with torch.device(CARD):
-        cases = [case for part in given.part or PARTS_OF_CHECK for case in PARTS_OF_CHECK[part](given.quick)]
+        cases = [
+            case
+            for part in given.part or PARTS_OF_CHECK
+            for case in tqdm(PARTS_OF_CHECK[part](given.quick), desc=part, unit="case")
+        ]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {len(cases)} cases")
     for kernel in dict.fromkeys(case.kernel for case in cases):
         own = [case for case in cases if case.kernel == kernel]
