@@ -136,7 +136,8 @@ class QuantConfig:
 
     `enabled`: quantise at all. `weight_bits`, `activation_bits`: of every layer between the ends; `time_embedding`: those of
     the time embedding too. `weight_search`, `activation_search`: how ranges are found, of `cachequant.quant.affine`.
-    `weight_symmetric`: weight grids around zero; the paper's are not, which costs the GPU's kernels a sum per activation.
+    `weight_symmetric`: weight grids of 8 bits around zero, fewer bits use both ends of a range; the paper's never are,
+    which costs integer kernels a sum per activation.
     `rounding` of weights below 8 bits: nearest, or compensated from second moments of `rounding_samples` trajectories
     (`cachequant.quant.rounding`), which also searches their grids. With it, `budget` is the share of the full-precision
     bytes that weights and everything left in full precision may take: what is to spare keeps layers at 8 bits.
@@ -160,6 +161,10 @@ class QuantConfig:
     weight_format: str = "int"
     activation_format: str = "int"
     recon: ReconConfig = field(default_factory=ReconConfig)
+
+    def symmetric(self, bits: int) -> bool:
+        """Whether weights of so many bits get grids around zero."""
+        return self.weight_symmetric and bits >= 8
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -51,7 +52,7 @@ def layer_plans(adapter: Adapter, config: QuantConfig) -> dict[str, LayerPlan]:
             f"quant.bits_map has {unused[0]!r}, which fits no layer that an earlier pattern leaves, expected a pattern of "
             f"names such as {next(iter(plans), 'conv_in')}: correct or remove it"
         )
-    return plans
+    return {name: replace(plan, symmetric=config.symmetric(plan.weight_bits)) for name, plan in plans.items()}
 
 
 def mapped(name: str, config: QuantConfig) -> str | None:
@@ -63,7 +64,7 @@ def quantise_weights(context: Context) -> QuantState:
     """Integer weights of every planned layer, with activation tables still empty."""
     config = context.config.quant
     plans = layer_plans(context.adapter, config)
-    return fresh_state(context.adapter.denoiser, plans, config.weight_search, config.weight_symmetric)
+    return fresh_state(context.adapter.denoiser, plans, config.weight_search)
 
 
 @torch.no_grad()

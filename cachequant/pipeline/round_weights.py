@@ -53,16 +53,16 @@ def round_weights(walk: Walk, state: QuantState) -> QuantState:
         UserError: the budget is less than what the plan's bits take.
     """
     quant = walk.context.config.quant
-    budget, symmetric = quant.budget, quant.weight_symmetric
+    budget = quant.budget
     coarse = needing(state)
     cheap: dict[str, Rounded] = {}
     dear: dict[str, Rounded] = {}
     for group in _groups(walk, coarse):
         sums = gather_sums(walk, group)
         for name in tqdm(group, desc="4 rounding", unit="layer", leave=False, disable=None):
-            cheap[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], symmetric)
+            cheap[name] = round_layer(_layer(walk, name), state.layers[name], sums[name])
             if budget is not None and mapped(name, quant) is None:
-                dear[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], symmetric, bits=8)
+                dear[name] = round_layer(_layer(walk, name), state.layers[name], sums[name], 8, quant.symmetric(8))
             del sums[name]
     chosen = {name: made.layer for name, made in cheap.items()}
     if budget is not None:
@@ -84,7 +84,9 @@ class Rounded:
     error: Tensor
 
 
-def round_layer(source: Layer, layer: LayerQuant, sums: InputSums, symmetric: bool, bits: int | None = None) -> Rounded:
+def round_layer(
+    source: Layer, layer: LayerQuant, sums: InputSums, bits: int | None = None, symmetric: bool = False
+) -> Rounded:
     """One layer, from the second moments of its input rows; `bits` other than its own replace them."""
     weight = source.weight.detach().float()
     rows, segment = weight.flatten(1), segment_of_columns(weight, layer.widths)

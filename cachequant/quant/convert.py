@@ -19,13 +19,17 @@ from cachequant.types import ActivationTable, AffineMap, Correction, LayerQuant,
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is to be quantised. `split`: channels of the h segment behind a decoder concat, 0 for none."""
+    """How one layer is to be quantised.
+
+    `split`: channels of the h segment behind a decoder concat, 0 for none. `symmetric`: weight grids around zero.
+    """
 
     weight_bits: int
     activation_bits: int
     split: int = 0
     weight_format: str = "int"
     activation_format: str = "int"
+    symmetric: bool = False
 
 
 @dataclass
@@ -86,9 +90,7 @@ class QuantizedNetwork:
         self.attentions.clear()
 
 
-def fresh_state(
-    network: nn.Module, plans: dict[str, LayerPlan], weight_search: str, symmetric: bool = False
-) -> QuantState:
+def fresh_state(network: nn.Module, plans: dict[str, LayerPlan], weight_search: str) -> QuantState:
     """Integer weights of every planned layer, with input tables still empty."""
     layers = {}
     for name, plan in plans.items():
@@ -96,7 +98,7 @@ def fresh_state(
         widths = (plan.split, weight.shape[1] - plan.split) if plan.split else (weight.shape[1],)
         parts = weight.split(widths, dim=1)
         if plan.weight_format == "int":
-            grids = tuple(quantize_weight(w, plan.weight_bits, weight_search, symmetric) for w in parts)
+            grids = tuple(quantize_weight(w, plan.weight_bits, weight_search, plan.symmetric) for w in parts)
         else:
             grids = tuple(quantize_to_format(w, plan.weight_format, plan.weight_bits, weight_search) for w in parts)
         tables = tuple(empty_table(plan.activation_bits, plan.activation_format) for _ in widths)

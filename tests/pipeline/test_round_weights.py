@@ -97,6 +97,12 @@ def test_bits_by_name(pipe: Any, configure: Configure, tmp_path: Path) -> None:
     state, _ = stages_of(pipe, config, tmp_path).quant()
     assert state is not None
     assert state.layers["down_blocks.0.resnets.0.conv1"].weights[0].bits == 3  # named: the budget leaves it alone
+    around_zero = {
+        name: bool((grid.zero_point == 2.0 ** (grid.bits - 1)).all())
+        for name, layer in state.layers.items()
+        for grid in layer.weights
+    }
+    assert around_zero == {name: layer.weights[0].bits == 8 for name, layer in state.layers.items()}
     plan = cq.calibrate(pipe, config, tmp_path, quiet=True)
     counts = plan.provenance["weight_bits"]
     found = [layer.weights[0].bits for layer in state.layers.values()]
@@ -138,9 +144,9 @@ def test_a_layer_of_one_sample_is_rounded_with_the_strongest_damping(
     walk: Walk = stages._walk()
     sums = gather_sums(walk, [name])[name]
     assert sums.halves is None
-    made = round_layer(pipe.unet.get_submodule(name), state.layers[name], sums, symmetric=False)
+    made = round_layer(pipe.unet.get_submodule(name), state.layers[name], sums)
     assert made.error.isfinite().all() and weight_bytes(made.layer) < state.layers[name].weights[0].values.numel()
-    eight = round_layer(pipe.unet.get_submodule(name), state.layers[name], sums, symmetric=False, bits=8)
+    eight = round_layer(pipe.unet.get_submodule(name), state.layers[name], sums, bits=8)
     assert float(eight.error.sum()) < 0.05 * float(made.error.sum())
     assert QuantState({name: eight.layer}).layers[name].weights[0].bits == 8
 

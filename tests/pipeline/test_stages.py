@@ -149,6 +149,8 @@ def test_every_convolution_and_linear_layer_is_planned_by_structure(pipe: Any, c
     low = layer_plans(context.adapter, Context.of(pipe, configure("quant.weight_bits=4", "method=paper")).config.quant)
     assert {n for n, p in low.items() if p.weight_bits == 8} == {"conv_in", "conv_out"}
     assert {n for n, p in plans.items() if p.split} == set(context.adapter.splits())
+    assert not any(p.symmetric for p in plans.values())  # the paper's grids
+    assert all(p.symmetric for p in layer_plans(context.adapter, configure("method=best").quant).values())
 
 
 def test_sampler_weights_follow_the_closed_form_of_gaussian_data(pipe: Any, configure: Configure) -> None:

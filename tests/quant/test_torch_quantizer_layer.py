@@ -135,7 +135,7 @@ def network(unaligned: int = 0) -> nn.Sequential:
 def state_of(model: nn.Module, symmetric: bool = True) -> QuantState:
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     table = ActivationTable(torch.tensor([0]).int(), torch.tensor([0.0625]), torch.tensor([128.0]), 8)
-    made = fresh_state(model, dict.fromkeys(names, LayerPlan(8, 8)), "minmax", symmetric).layers
+    made = fresh_state(model, dict.fromkeys(names, LayerPlan(8, 8, symmetric=symmetric)), "minmax").layers
     return QuantState({name: replace(layer, inputs=(table,)) for name, layer in made.items()})
 
 
