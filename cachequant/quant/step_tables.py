@@ -121,16 +121,20 @@ class StepTables:
         self._maps: list[Tensor] = []
         if not self._corrections:
             return
-        width = sum(made.size for made, _ in self._corrections)
-        gain, lift = torch.ones(self.num_steps, width), torch.zeros(self.num_steps, width)
-        place, begin = torch.full((self._width,), -1, dtype=torch.int32), 0
-        for made, maps in self._corrections:
-            place[made.start : made.start + made.size] = torch.arange(begin, begin + made.size, dtype=torch.int32)
-            for step, affine in maps.items():
-                gain[step, begin : begin + made.size] = affine.scale.cpu()
-                lift[step, begin : begin + made.size] = affine.shift.cpu()
-            begin += made.size
-        self._maps = [place.to(self.device), gain.to(self.device), lift.to(self.device)]  # [C], [T, C'] twice
+        owner, channel = torch.full((self._width,), -1, dtype=torch.int32), torch.zeros(self._width, dtype=torch.int32)
+        first = torch.full((self.num_steps, len(self._corrections)), -1, dtype=torch.int64)  # [T, L]
+        gain: list[Tensor] = []
+        lift: list[Tensor] = []
+        end = 0
+        for layer, (made, maps) in enumerate(self._corrections):
+            at = slice(made.start, made.start + made.size)
+            owner[at], channel[at] = layer, torch.arange(made.size, dtype=torch.int32)
+            for step, affine in maps.items():  # steps that the layer does not run take no memory
+                gain.append(affine.scale.cpu())
+                lift.append(affine.shift.cpu())
+                first[step, layer], end = end, end + made.size
+        tables = owner, channel, first, torch.cat(gain), torch.cat(lift)  # [C], [C], [T, L], [V], [V]
+        self._maps = [table.to(self.device) for table in tables]
         self._corrections.clear()
 
     def follow(self, values: Tensor) -> Tensor:

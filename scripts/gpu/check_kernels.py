@@ -162,14 +162,19 @@ def map_case(size: tuple[int, ...], layout: torch.memory_format, mapped: int, dt
     return compare("map_channels", f"{list(size)} {mapped} {str(dtype)[6:]}", found, exact, LIMITS[dtype])
 
 
+def random_maps(steps: int, width: int) -> list[Tensor]:
+    """Maps of layers of three columns for `load_step`: every third layer and some steps of the others have none."""
+    layer, channel = (part.to(torch.int32) for part in (torch.arange(width) // 3, torch.arange(width) % 3))
+    first = 3 * torch.randint(-1, steps, (steps, -(-width // 3)))
+    return [layer.where(layer % 3 < 2, -1), channel, first.clamp(min=-1), torch.rand(3 * steps), torch.randn(3 * steps)]
+
+
 def load_case(grids: int, width: int, mapped: bool) -> Case:
     """The rows of a step; the worst of the four results counts."""
-    step, steps, corrected = torch.tensor([3]), 5, -(-width // 3)
-    place = torch.full((width,), -1, dtype=torch.int32)
-    place[::3] = torch.arange(corrected, dtype=torch.int32)
+    step, steps = torch.tensor([3]), 5
     owner = torch.randint(0, grids, (width,), dtype=torch.int32)
     columns = [owner, *torch.randn(4, width)]
-    maps = [place, *torch.rand(2, steps, corrected)] if mapped else []
+    maps = random_maps(steps, width) if mapped else []
     tables = torch.randn(steps, grids, 4), torch.rand(steps, grids, 2)
     found, expected = ([torch.full((grids, 4), torch.nan), *torch.full((3, width), torch.nan)] for _ in range(2))
     step_ops.load_step(step, *tables, columns, maps, *found)

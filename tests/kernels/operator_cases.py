@@ -20,9 +20,14 @@ def integers(*shape: int) -> Tensor:
 
 
 def step_tables(mapped: bool = True) -> tuple[Any, ...]:
-    """Arguments of `load_step` for three grids and seven columns, of which the second and third are corrected."""
+    """Arguments of `load_step` for three grids, seven columns and the third step.
+
+    The second and third column are corrected; the sixth is at other steps only.
+    """
     columns = [torch.tensor([0, 0, 2, 2, 2, 1, 1], dtype=torch.int32), *torch.randn(4, 7)]
-    maps = [torch.tensor([-1, 0, 1, -1, -1, -1, -1], dtype=torch.int32), torch.rand(4, 2), torch.randn(4, 2)]
+    layer, channel = (torch.tensor(c, dtype=torch.int32) for c in ([-1, 0, 0, -1, -1, 1, -1], [0, 0, 1, 0, 0, 0, 0]))
+    first = torch.tensor([[0, 6], [2, -1], [4, -1], [-1, 7]])
+    maps = [layer, channel, first, torch.rand(8), torch.randn(8)]
     results = torch.full((3, 4), torch.nan), *torch.full((3, 7), torch.nan)
     return torch.tensor([2]), torch.randn(4, 3, 4), torch.rand(4, 3, 2), columns, maps if mapped else [], *results
 

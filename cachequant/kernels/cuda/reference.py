@@ -224,7 +224,8 @@ def load_step(
         grids: [T, G, 4], copied to `rows` [G, 4].
         inputs: [T, G, 2], scale s and zero of every grid.
         columns: owner (the grid of each column), s_w, bias, sums and o: [C] each.
-        maps: none, or place (a column's column in the two others, -1 without one) [C], a₂ and b₂ [T, C'].
+        maps: none, or of each column the corrected layer (-1 without one) [C] and the channel of it [C], where the values of
+            each layer's map begin at each step (-1 without one) [T, L] int64, a₂ and b₂ of all maps [V].
         rows, scale, shift, offset: results, [G, 4] and [C].
     """
     owner, factor, base, sums, fixed = columns
@@ -232,10 +233,12 @@ def load_step(
     found = inputs.index_select(0, step)[0].index_select(0, owner)  # [C, 2]
     torch.mul(factor, found[:, 0], out=scale)
     if maps:
-        place, gain, lift = maps
-        mapped, column = place >= 0, place.clamp(min=0)
-        scale.mul_(torch.where(mapped, gain.index_select(0, step)[0].index_select(0, column), 1.0))
-        base = base + torch.where(mapped, lift.index_select(0, step)[0].index_select(0, column), 0.0)
+        layer, channel, first, gain, lift = maps
+        begin = first.index_select(0, step)[0].index_select(0, layer.clamp(min=0))  # [C]
+        mapped = (layer >= 0) & (begin >= 0)
+        place = torch.where(mapped, begin + channel, 0)
+        scale.mul_(torch.where(mapped, gain.index_select(0, place), 1.0))
+        base = base + torch.where(mapped, lift.index_select(0, place), 0.0)
     torch.addcmul(base, scale, found[:, 1] * sums, value=-1, out=shift)
     torch.mul(scale, fixed, out=offset)
 

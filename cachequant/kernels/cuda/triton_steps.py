@@ -13,10 +13,10 @@ BLOCK, MAP_BLOCK = 1024, 4096
 """Values of one program of the rows and of a map."""
 
 
-@triton.jit(do_not_specialize=["width", "corrected"])
+@triton.jit(do_not_specialize=["width", "layers"])
 def _load_kernel(
-    step, grids, inputs, owner, factor, base, sums, fixed, place, gain, lift, rows, scale, shift, offset, width, grid_count,
-    corrected, block: tl.constexpr, has_maps: tl.constexpr,
+    step, grids, inputs, owner, factor, base, sums, fixed, layer, channel, first, gain, lift, rows, scale, shift, offset,
+    width, grid_count, layers, block: tl.constexpr, has_maps: tl.constexpr,
 ):  # fmt: skip
     """The step's grids, and scale, shift and offset of some columns."""
     now = tl.load(step)
@@ -28,10 +28,12 @@ def _load_kernel(
     made = tl.load(factor + at, real) * tl.load(source, real)
     rest = tl.load(base + at, real)
     if has_maps:
-        column = tl.load(place + at, real, other=-1)
-        mapped = real & (column >= 0)
-        made *= tl.load(gain + now * corrected + column, mapped, other=1.0)
-        rest += tl.load(lift + now * corrected + column, mapped, other=0.0)
+        corrected = tl.load(layer + at, real, other=-1)
+        begin = tl.load(first + now * layers + corrected, real & (corrected >= 0), other=-1)
+        mapped = begin >= 0
+        place = begin + tl.load(channel + at, mapped, other=0)
+        made *= tl.load(gain + place, mapped, other=1.0)
+        rest += tl.load(lift + place, mapped, other=0.0)
     tl.store(scale + at, made, real)
     tl.store(shift + at, rest - made * tl.load(source + 1, real) * tl.load(sums + at, real), real)
     tl.store(offset + at, made * tl.load(fixed + at, real), real)
@@ -50,11 +52,11 @@ def load_step(
 ) -> None:
     """See `cachequant.kernels.cuda.reference.load_step`; everything is contiguous."""
     owner, factor, base, sums, fixed = columns
-    place, gain, lift = maps or (owner, factor, base)
+    layer, channel, first, gain, lift = maps or (owner, owner, step, factor, base)
     width, count = len(scale), grids.shape[1]
     _load_kernel[(triton.cdiv(max(width, 4 * count), BLOCK),)](
-        step, grids, inputs, owner, factor, base, sums, fixed, place, gain, lift, rows, scale, shift, offset, width, count,
-        gain.shape[-1], block=BLOCK, has_maps=bool(maps),
+        step, grids, inputs, owner, factor, base, sums, fixed, layer, channel, first, gain, lift, rows, scale, shift, offset,
+        width, count, first.shape[-1], block=BLOCK, has_maps=bool(maps),
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def compile_all() -> None:
                 *((per_batch, per_batch) if modulate else (None, None)), 1e-5, grids,
             )  # fmt: skip
     owner, columns = torch.zeros(64, dtype=torch.int32), [*torch.zeros(4, 64)]
-    for maps in ([], [owner, torch.zeros(3, 8), torch.zeros(3, 8)]):
+    for maps in ([], [owner, owner, torch.zeros(3, 1, dtype=torch.int64), *torch.zeros(2, 64)]):
         triton_steps.load_step(
             torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 4), torch.zeros(3, 2, 2), [owner, *columns], maps, grids,
             *torch.zeros(3, 64),

@@ -93,8 +93,8 @@ def test_the_rows_of_a_step(mapped):
     for c in range(7):
         s, zero = inputs[2, owner[c]].double()
         corrected = mapped and c in (1, 2)
-        a = maps[1][2, c - 1].double() if corrected else 1.0
-        b = maps[2][2, c - 1].double() if corrected else 0.0
+        a = maps[3][4 + c - 1].double() if corrected else 1.0
+        b = maps[4][4 + c - 1].double() if corrected else 0.0
         expected = factor[c].double() * s * a
         assert float(scale[c]) == pytest.approx(float(expected), rel=1e-5)
         wanted = base[c].double() + b - expected * zero * sums[c].double()

@@ -70,15 +70,20 @@ def assert_same_integers(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (gap > 0).sum() <= max(1, 0.005 * gap.numel())
 
 
+def random_maps(steps: int, width: int) -> list[torch.Tensor]:
+    """Maps of layers of three columns for `load_step`: every third layer and some steps of the others have none."""
+    layer, channel = (part.to(torch.int32) for part in (torch.arange(width) // 3, torch.arange(width) % 3))
+    first = 3 * torch.randint(-1, steps, (steps, -(-width // 3)))
+    return [layer.where(layer % 3 < 2, -1), channel, first.clamp(min=-1), torch.rand(3 * steps), torch.randn(3 * steps)]
+
+
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize(("grids", "width"), [(1, 1), (3, 70), (700, 33)])
+@pytest.mark.parametrize(("grids", "width"), [(1, 1), (3, 70), (700, 33), (2, 3000)])
 def test_load_step(grids, width, mapped):
-    """More grids than columns, and the other way round; every third column is corrected."""
-    steps, corrected = 5, -(-width // 3)
-    place = torch.full((width,), -1, dtype=torch.int32)
-    place[::3] = torch.arange(corrected, dtype=torch.int32)
+    """More grids than columns, and the other way round; layers of three columns, of which every third has no map."""
+    steps = 5
     columns = [torch.randint(0, grids, (width,), dtype=torch.int32), *torch.randn(4, width)]
-    maps = [place, torch.rand(steps, corrected), torch.randn(steps, corrected)] if mapped else []
+    maps = random_maps(steps, width) if mapped else []
     given = torch.tensor([3]), torch.randn(steps, grids, 4), torch.rand(steps, grids, 2), columns, maps
     found, expected = ([torch.full((grids, 4), torch.nan), *torch.full((3, width), torch.nan)] for _ in range(2))
     triton_steps.load_step(*given, *found)
