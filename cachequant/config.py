@@ -244,19 +244,52 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         for_methods = _methods_section(own, path.name)
         _reject_unknown(own, path.name)
         _reject_unknown(extra, "--set")
-        method = OmegaConf.select(OmegaConf.merge(base, own, extra), "method", default="best")
+        method = next((layer["method"] for layer in (extra, own, base) if "method" in layer), "best")
         method_yaml = read_yaml(method_path(str(method)))
         _reject_unknown(method_yaml, f"method {method}")
         for_method = for_methods.get(method, DictConfig({}))
-        config = OmegaConf.merge(OmegaConf.structured(RunConfig), base, method_yaml, own, for_method, extra)
-        resolved = OmegaConf.to_object(config)
     except (OmegaConfBaseException, RecursionError) as error:
-        place = getattr(error, "full_key", None)
-        key = f"{place}: " if place else ""
-        raise UserError(f"{path}: {key}{_first_line(error)}; expected the types in cachequant/config.py") from None
-    assert isinstance(resolved, RunConfig)
+        raise _misfit(error, str(path)) from None
+    layers = base, method_yaml, own, for_method, extra
+    try:
+        resolved = _typed(*layers)
+    except MISFITS as error:
+        raise _misfit(error, str(path), layers) from None
     validate(resolved)
     return resolved
+
+
+MISFITS = (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError)
+"""What OmegaConf raises of values that are not of a key's type; of a list where a section belongs, a plain TypeError."""
+
+
+def _typed(*layers: DictConfig) -> RunConfig:
+    """The configuration of layers, later ones over earlier ones; what lists hold is checked too."""
+    resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
+    assert isinstance(resolved, RunConfig)
+    OmegaConf.structured(resolved)  # merging alone lets a list of lists pass
+    return resolved
+
+
+def _misfit(error: Exception, where: str, layers: tuple[DictConfig, ...] = ()) -> UserError:
+    """The one line for values that do not fit; without a key in the error, the first one that does not fit even alone."""
+    place = getattr(error, "full_key", None) or next(filter(None, map(_misfitting_key, layers)), "")
+    return UserError(
+        f"{where}: {place}{': ' if place else ''}{_first_line(error)}; expected the types in cachequant/config.py"
+    )
+
+
+def _misfitting_key(layer: DictConfig) -> str | None:
+    """A key of a layer whose value is not of its type."""
+    plain: Any = OmegaConf.to_container(layer, resolve=False)
+    for section, values in plain.items():
+        parts = {f"{section}.{key}": {key: value} for key, value in values.items()} if isinstance(values, dict) else {}
+        for name, part in (parts or {str(section): values}).items():
+            try:
+                _typed(OmegaConf.create({section: part}))
+            except MISFITS:
+                return name
+    return None
 
 
 def _methods_section(own: DictConfig, where: str) -> dict[str, DictConfig]:
@@ -293,12 +326,11 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def config_from_dict(values: dict[str, Any], changes: DictConfig | None = None) -> RunConfig:
     """The inverse of `config_to_dict`, with the same checks as `load_config`; `changes` are laid over it."""
+    layers = OmegaConf.create(values), changes or OmegaConf.create({})
     try:
-        layers = (OmegaConf.create(values), changes or OmegaConf.create({}))
-        resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
-    except (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"configuration: {_first_line(error)}") from None
-    assert isinstance(resolved, RunConfig)
+        resolved = _typed(*layers)
+    except MISFITS as error:
+        raise _misfit(error, "configuration", layers) from None
     validate(resolved)
     return resolved
 

@@ -22,12 +22,12 @@ def machine_name(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """The processor's name as the system knows it."""
+    """The processor's name as the system knows it, or its kind; `platform.processor` would start a program to ask."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def versions() -> dict[str, str]:

@@ -78,6 +78,8 @@ def is_long(path: Path) -> bool:
         config = load_config(path)
     except Exception:  # it is not valid, so it has no right to take long
         return False
+    if config.quant.recon.enabled and config.quant.recon.iterations > 100:  # of every block
+        return True
     calibration, steps = config.calibration, config.sampler.steps
     drawn = (
         2 * calibration.samples + (calibration.dec_samples or 0) + (calibration.dps_samples or 0) + config.sample.count

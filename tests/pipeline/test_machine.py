@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 import cachequant
 from cachequant.pipeline import machine
-from cachequant.pipeline.machine import PACKAGES, versions
+from cachequant.pipeline.machine import PACKAGES, processor_name, versions
 
 
 def test_versions_name_what_is_installed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -19,6 +21,12 @@ def test_versions_name_what_is_installed_only(monkeypatch: pytest.MonkeyPatch, t
     assert found["cachequant"] == cachequant.__version__ and found["torch"] == torch.__version__
     assert "diffusers" in found and "no-such-package" not in found and "driver" not in found
     assert ("cuda" in found) == (torch.version.cuda is not None)
+
+
+def test_the_processor_is_named_without_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(platform, "processor", None)
+    assert processor_name()
 
 
 @pytest.mark.parametrize(
