@@ -17,6 +17,9 @@ from yaml import YAMLError
 from cachequant.config_values import validate
 from cachequant.errors import UserError
 
+_MISFITS = (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError)
+"""What OmegaConf raises of values that are not of a key's type; of a list where a section belongs, a plain TypeError."""
+
 
 @dataclass
 class ModelConfig:
@@ -253,14 +256,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     layers = base, method_yaml, own, for_method, extra
     try:
         resolved = _typed(*layers)
-    except MISFITS as error:
+    except _MISFITS as error:
         raise _misfit(error, str(path), layers) from None
     validate(resolved)
     return resolved
-
-
-MISFITS = (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError)
-"""What OmegaConf raises of values that are not of a key's type; of a list where a section belongs, a plain TypeError."""
 
 
 def _typed(*layers: DictConfig) -> RunConfig:
@@ -287,7 +286,7 @@ def _misfitting_key(layer: DictConfig) -> str | None:
         for name, part in (parts or {str(section): values}).items():
             try:
                 _typed(OmegaConf.create({section: part}))
-            except MISFITS:
+            except _MISFITS:
                 return name
     return None
 
@@ -329,7 +328,7 @@ def config_from_dict(values: dict[str, Any], changes: DictConfig | None = None) 
     layers = OmegaConf.create(values), changes or OmegaConf.create({})
     try:
         resolved = _typed(*layers)
-    except MISFITS as error:
+    except _MISFITS as error:
         raise _misfit(error, "configuration", layers) from None
     validate(resolved)
     return resolved

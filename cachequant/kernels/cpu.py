@@ -6,10 +6,8 @@ float32 with scale, bias and an optional sum in the epilogue. The numbers are th
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import platform
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -147,10 +145,10 @@ class PackedWeight:
             reuse: the result takes the memory of `plus`.
         """
         op, head = torch.ops.onednn.qlinear_pointwise, (x, grid.scale, grid.zero_point, self.packed, scale, self.none)
-        if plus is None or not reuse:  # oneDNN's "add" takes longer than the product and a sum behind it
-            out = op(*head, bias, 1.0, 0, torch.float32, "none", [], "")
-            return out if plus is None else out.add_(plus)
-        return op.binary(*head, plus, bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+        if plus is not None and reuse:
+            return op.binary(*head, plus, bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+        out = op(*head, bias, 1.0, 0, torch.float32, "none", [], "")
+        return out if plus is None else out.add_(plus)  # oneDNN's own "add" into new memory takes longer
 
     def sums(self, x: Tensor, grid: Grid) -> Tensor:
         """Σ (x - z) over everything that each output pixel or row reads: float32 [R]."""
@@ -158,16 +156,6 @@ class PackedWeight:
             return window_sums(rows_of(x, self.geometry)[:, None, None], grid.zero_point, (1, 1, 1, 1, 0, 0, 1, 1))
         place = (*self.kernel, *self.geometry.stride, *self.padding, *self.geometry.dilation)
         return window_sums(x.permute(0, 2, 3, 1), grid.zero_point, place)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can (glibc).
-
-    Packing frees a buffer as large as the one that it keeps, and the next one does not fit the hole by its alignment.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def rows_of(x: Tensor, geometry: Geometry) -> Tensor:

@@ -69,7 +69,7 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
+        return platform.machine()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 

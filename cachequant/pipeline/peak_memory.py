@@ -6,13 +6,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from cachequant.kernels.cpu import trim_heap
-
-PROCESS = Path("/proc/self")
+from cachequant.host_memory import process_memory, restart_high_water_mark, trim_heap
 
 
 @dataclass
@@ -38,27 +35,9 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     trim_heap()
-    resettable = _reset_mark()
+    resettable = restart_high_water_mark()
     held = process_memory("VmRSS")
     yield found
     most = process_memory("VmHWM")
     if resettable and held is not None and most is not None:
         found.bytes = most - held
-
-
-def _reset_mark() -> bool:
-    """Sets the high-water mark to what is resident now (proc(5), clear_refs); whether the system let us."""
-    try:
-        (PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def process_memory(field: str) -> int | None:
-    """Bytes of a field of /proc/self/status; None elsewhere than on Linux."""
-    try:
-        lines = (PROCESS / "status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

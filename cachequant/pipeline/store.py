@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cachequant.errors import UserError
-from cachequant.kernels.cpu import trim_heap
+from cachequant.host_memory import trim_heap
 from cachequant.storage import content_hash, file_hash, load_json, make_folder, save_json
 
 Value = TypeVar("Value")

@@ -12,9 +12,10 @@ from torch import nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.errors import UserError
+from cachequant.host_memory import trim_heap
 from cachequant.kernels import torch_quantizer
 from cachequant.kernels.backend import CUDA_INT8, SIMULATED, TORCH_QUANTIZER, Backend
-from cachequant.kernels.cpu import trim_heap, unsupported
+from cachequant.kernels.cpu import unsupported
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.blocks import Fused, fuse, unfuse
 from cachequant.quant.context import ContextOperands

@@ -15,7 +15,8 @@ from cachequant.kernels.cuda import ops
 from cachequant.kernels.cuda.dispatch import not_compiled
 from cachequant.kernels.cuda.packing import DeviceWeight
 from cachequant.kernels.reference import Geometry, Pad
-from cachequant.quant.layers import Layer, change_type_in_place
+from cachequant.quant.layers import Layer
+from cachequant.quant.replaced import change_type_in_place
 from cachequant.quant.step_tables import Columns, StepTables
 from cachequant.types import ActivationTable, AffineMap, LayerQuant
 

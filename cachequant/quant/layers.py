@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import Moments, fold_into_epilogue, solve_held_out
-from cachequant.errors import UserError
 from cachequant.kernels.reference import Geometry, epilogue, product
 from cachequant.quant.affine import quantize, search_grid
 from cachequant.quant.formats import centred_weight
@@ -233,22 +232,3 @@ _BEHAVIOUR: dict[Mode, Callable[[QuantLayer, Tensor], Tensor]] = {
     Mode.PAIR: QuantLayer._pair,
     Mode.FIT: QuantLayer._fit,
 }
-
-
-def change_type_in_place(source: nn.Module, device: torch.device, fn: Callable[[Tensor], Tensor]) -> None:
-    """What `.to()` does to a layer that waits elsewhere while its integers run: the type changes, the place does not.
-
-    Args:
-        source: the replaced layer.
-        device: where the integers are.
-        fn: of `nn.Module._apply`.
-
-    Raises:
-        UserError: the network is moved to another device.
-    """
-    here = torch.empty(0, device=device)
-    if fn(here).device != here.device:
-        raise UserError(
-            f"this pipeline runs INT8 on {here.device}, expected it to stay there: call cachequant.disable first"
-        )
-    source._apply(lambda tensor: tensor.to(fn(here.to(tensor.dtype)).dtype))

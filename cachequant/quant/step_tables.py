@@ -121,19 +121,20 @@ class StepTables:
         self._maps: list[Tensor] = []
         if not self._corrections:
             return
-        owner, channel = torch.full((self._width,), -1, dtype=torch.int32), torch.zeros(self._width, dtype=torch.int32)
+        layer_of, channel = torch.zeros(2, self._width, dtype=torch.int32)  # [C] each
+        layer_of.fill_(-1)
         first = torch.full((self.num_steps, len(self._corrections)), -1, dtype=torch.int64)  # [T, L]
         gain: list[Tensor] = []
         lift: list[Tensor] = []
         end = 0
         for layer, (made, maps) in enumerate(self._corrections):
             at = slice(made.start, made.start + made.size)
-            owner[at], channel[at] = layer, torch.arange(made.size, dtype=torch.int32)
+            layer_of[at], channel[at] = layer, torch.arange(made.size, dtype=torch.int32)
             for step, affine in maps.items():  # steps that the layer does not run take no memory
                 gain.append(affine.scale.cpu())
                 lift.append(affine.shift.cpu())
                 first[step, layer], end = end, end + made.size
-        tables = owner, channel, first, torch.cat(gain), torch.cat(lift)  # [C], [C], [T, L], [V], [V]
+        tables = layer_of, channel, first, torch.cat(gain), torch.cat(lift)  # [C], [C], [T, L], [V], [V]
         self._maps = [table.to(self.device) for table in tables]
         self._corrections.clear()
 

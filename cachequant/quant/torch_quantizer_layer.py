@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.kernels.torch_quantizer import Held, to_buffers
 from cachequant.kernels.torch_quantizer_package import make_module
-from cachequant.quant.layers import Layer, change_type_in_place
+from cachequant.quant.layers import Layer
+from cachequant.quant.replaced import change_type_in_place
 
 
 class TorchQuantizerLayer(nn.Module):

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     own = [f"sampler.steps={args.steps}", "cache.interval=2", f"sample.batch_size={args.batch}"]
     rows = []
     for path in args.configs:
-        config = cq.load_config(path, [*own, "quant.weight_symmetric=true", *args.overrides])
+        config = cq.load_config(path, [*own, *args.overrides])
         pipe = random_pipeline(config.model.family, device=torch.device(args.device))
         config.sampler.prompts = config.calibration.prompts = None
         on_gpu = args.device == "cuda"

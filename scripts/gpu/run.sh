@@ -44,8 +44,7 @@ check() { # the parts share the GPU: correctness does not mind
 bench() { # seconds, name, arguments: one configuration in one process; its JSON grows mode by mode
   local seconds=$1 name=$2
   shift 2
-  timeout "$seconds" python3 -m cachequant bench "$@" --device cuda --random-weights --json "$work/bench-$name.json" \
-    --set quant.weight_symmetric=true 2>&1 | tee "$work/bench-$name.log"
+  timeout "$seconds" python3 -m cachequant bench "$@" --device cuda --random-weights --json "$work/bench-$name.json" 2>&1 | tee "$work/bench-$name.log"
 }
 loops=fp16-graph,fp16-compile,fp16-compile-cache,int8,cachequant
 whole=fp16,fp16-compile,fp16-compile-cache,cachequant

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachequant.pipeline import peak_memory as module
+from cachequant import host_memory
 from cachequant.pipeline.peak_memory import peak_memory
 
 CPU, MEGABYTE = torch.device("cpu"), 1 << 20
@@ -36,7 +36,7 @@ def test_an_earlier_peak_does_not_count() -> None:
 
 
 def test_a_system_that_cannot_tell_says_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "PROCESS", tmp_path / "absent")
+    monkeypatch.setattr(host_memory, "PROCESS", tmp_path / "absent")
     with peak_memory(CPU) as peak:
         pass
     assert peak.bytes is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cachequant.pipeline.peak_memory import process_memory
+from cachequant.host_memory import process_memory
 from cachequant.pipeline.store import StageStore
 
 MEGABYTE = 1 << 20
