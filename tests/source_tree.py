@@ -16,7 +16,7 @@ PACKAGE = "cachequant"
 # Patterns of module names below the package. "x" stands for x and everything below it, and of
 # several that match a module the most specific (the one with most dots) decides.
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "types", "config", "config_values", "plan", "storage", "assets", "shards", "lock"),
+    0: ("errors", "types", "config", "config_values", "plan", "storage", "assets", "shards", "lock", "host_memory"),
     1: (
         "schedule",
         "second_order",
