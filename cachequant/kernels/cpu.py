@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachequant.kernels.fused import Grid, window_sums
+from cachequant.kernels import winograd
+from cachequant.kernels.fused import Grid, Sum, window_sums
 from cachequant.kernels.reference import Geometry
+from cachequant.kernels.winograd import WinogradWeight
 from cachequant.types import WeightGrid
 
 LOW, HIGH = -128, 127
@@ -52,18 +54,18 @@ def unsupported(weights: tuple[WeightGrid, ...], geometry: Geometry) -> str | No
     """Why a layer cannot run in INT8 here; None where it can."""
     if geometry.groups != 1:
         return f"{geometry.groups} groups"
-    if geometry.is_conv and isinstance(geometry.padding, str) and _paddings(geometry, weights[0]) is None:
+    if geometry.is_conv and isinstance(geometry.padding, str) and _paddings(geometry, weights[0].values.shape[2:]) is None:
         return f"padding {geometry.padding!r} of an even kernel"
     return None
 
 
-def _paddings(geometry: Geometry, weight: WeightGrid) -> list[int] | None:
+def _paddings(geometry: Geometry, kernel: tuple[int, ...]) -> list[int] | None:
     """Numeric padding; None where it is not symmetric."""
     if not isinstance(geometry.padding, str):
         return list(geometry.padding)
     if geometry.padding == "valid":
         return [0, 0]
-    spans = [d * (k - 1) for d, k in zip(geometry.dilation, weight.values.shape[2:], strict=True)]
+    spans = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
     return [s // 2 for s in spans] if all(s % 2 == 0 for s in spans) else None
 
 
@@ -94,18 +96,18 @@ class PackedWeight:
     @staticmethod
     def of(grid: WeightGrid, geometry: Geometry) -> PackedWeight:
         """Pack the weights of a supported layer."""
-        zero, rows = grid.zero_point.to(torch.int32), grid.values.flatten(1)  # [O], [O, n]
-        low, high = rows.amin(1) - zero, rows.amax(1) - zero
-        offset = (high - HIGH).clamp(min=0) + (low - LOW).clamp(max=0)  # [O]; a range of 255 leaves at most one of them
-        shift = (zero + offset).remainder(256).to(torch.uint8)
-        values = (rows - shift[:, None]).view(torch.int8).view(grid.values.shape)  # bytes wrap, and the result fits
+        return PackedWeight.of_integers(*_moved(grid), geometry)
+
+    @staticmethod
+    def of_integers(values: Tensor, offset: Tensor | None, geometry: Geometry) -> PackedWeight:
+        """From int8 [O, I, ...] w' and whole [O] o."""
         kernel = tuple(values.shape[2:])
-        padding = _paddings(geometry, grid) if geometry.is_conv else None
+        padding = _paddings(geometry, kernel) if geometry.is_conv else None
         if geometry.is_conv and kernel == (1, 1) and geometry.stride == (1, 1) and padding == [0, 0]:
             values, padding = values.flatten(1), None
         none = torch.zeros(len(values), dtype=torch.int32)
         packed = _pack(values, geometry, padding)
-        return PackedWeight(packed, none, geometry, padding, kernel, offset.float() if offset.any() else None)
+        return PackedWeight(packed, none, geometry, padding, kernel, None if offset is None else offset.float())
 
     @property
     def is_matrix(self) -> bool:
@@ -156,6 +158,61 @@ class PackedWeight:
             return window_sums(rows_of(x, self.geometry)[:, None, None], grid.zero_point, (1, 1, 1, 1, 0, 0, 1, 1))
         place = (*self.kernel, *self.geometry.stride, *self.padding, *self.geometry.dilation)
         return window_sums(x.permute(0, 2, 3, 1), grid.zero_point, place)
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """Integer weights of a 3×3 convolution that Winograd's algorithm multiplies; the interface is `PackedWeight`'s.
+
+    Attributes:
+        tiled: the weights.
+        geometry: of the layer.
+    """
+
+    tiled: WinogradWeight
+    geometry: Geometry
+    is_matrix = False
+    offset = None
+    """The weights' own is part of the product."""
+
+    @functools.cached_property
+    def direct(self) -> PackedWeight:
+        """The same weights in oneDNN's layout, packed for the first image that is too small."""
+        return PackedWeight.of_integers(*self.tiled.plain(), self.geometry)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output: the input's."""
+        return height, width
+
+    def convolve(self, x: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """scale[o]·grid.scale·Σ (x - z)·w + bias of integers [B, I, H, W]: float32 [B, O, H, W], both channels last."""
+        if winograd.pays(x):
+            return self.tiled.convolve(x, grid, scale, bias)
+        out = self.direct.convolve(x, grid, scale, bias)
+        if self.direct.offset is not None:
+            columns = (self.direct.offset * scale * grid.scale)[None]  # [1, O]
+            Sum((rows_of(out, self.geometry),), self.direct.sums(x, grid)[:, None], columns).settle()
+        return out
+
+
+def pack(grid: WeightGrid, geometry: Geometry) -> PackedWeight | TiledWeight:
+    """Pack the weights of a supported layer for the fastest exact algorithm that is here."""
+    values, offset = _moved(grid)
+    kernel = tuple(values.shape[2:])
+    padding = _paddings(geometry, kernel) if geometry.is_conv else None
+    if padding is not None and winograd.unavailable() is None and winograd.fits(geometry, padding, values):
+        return TiledWeight(WinogradWeight.of(values, offset), geometry)
+    return PackedWeight.of_integers(values, offset, geometry)
+
+
+def _moved(grid: WeightGrid) -> tuple[Tensor, Tensor | None]:
+    """Weights w = q - z as int8 w' [O, I, ...] and whole [O] o: w = w' + o; None where all are 0."""
+    zero, rows = grid.zero_point.to(torch.int32), grid.values.flatten(1)  # [O], [O, n]
+    low, high = rows.amin(1) - zero, rows.amax(1) - zero
+    offset = (high - HIGH).clamp(min=0) + (low - LOW).clamp(max=0)  # [O]; a range of 255 leaves at most one of them
+    shift = (zero + offset).remainder(256).to(torch.uint8)
+    values = (rows - shift[:, None]).view(torch.int8).view(grid.values.shape)  # bytes wrap, and the result fits
+    return values, offset if offset.any() else None
 
 
 def rows_of(x: Tensor, geometry: Geometry) -> Tensor:

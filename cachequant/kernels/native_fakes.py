@@ -50,5 +50,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, grid:
     return query.new_empty(query.shape, dtype=_integers_or_float(grid))
 
 
+if hasattr(torch.ops.cachequant, "winograd"):  # not on every processor
+
+    @register_fake("cachequant::winograd")
+    def _(q, step, zero, weights, offsets, totals, scale, bias, slice):  # type: ignore[no-untyped-def]
+        return q.new_empty(*q.shape[:3], scale.shape[0], dtype=torch.float32)
+
+
 def _integers_or_float(grid: list[float]) -> torch.dtype:
     return torch.uint8 if grid else torch.float32

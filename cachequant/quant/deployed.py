@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import fold_into_epilogue
 from cachequant.errors import UserError
-from cachequant.kernels.cpu import PackedWeight, rows_of
+from cachequant.kernels.cpu import pack, rows_of
 from cachequant.kernels.fused import Grid, Sum, quantize
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.layers import Layer
@@ -45,7 +45,7 @@ class IntegerLayer(nn.Module):
         self.geometry, self.widths, self.clock = Geometry.of(source), state.widths, clock
         self.time: Any = None  # a resnet's first convolution carries the table of its time embedding
         self._source = (source,)  # a tuple hides it from the module tree
-        self.packed = [PackedWeight.of(grid, self.geometry) for grid in state.weights]
+        self.packed = [pack(grid, self.geometry) for grid in state.weights]
         self.scales = [grid.scale.float().contiguous() for grid in state.weights]  # oneDNN reads them as they lie
         self.bias = None if source.bias is None else source.bias.detach().float()
         self.corrections = dict(corrections or {})
