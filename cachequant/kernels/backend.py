@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cachequant.errors import UserError
-from cachequant.kernels import torch_quantizer_package
+from cachequant.kernels import torch_quantizer_package, winograd
 from cachequant.kernels.cpu import unavailable
 from cachequant.kernels.native import load_native
 
@@ -57,11 +57,11 @@ def choose_backend(requested: str, device: torch.device) -> Backend:
 
 
 def _between() -> str:
-    """What runs between two products."""
+    """What else multiplies, and what runs between two products."""
     reason = load_native()
-    return (
-        ", C++ operators between them" if reason is None else f", plain torch between them, which is slower: {reason}"
-    )
+    if reason is not None:
+        return f", plain torch between them, which is slower: {reason}"
+    return f"{'' if winograd.unavailable() else ' and in 3×3 convolutions by Winograd'}, C++ operators between them"
 
 
 def _refuses_cpu(device: torch.device) -> str | None:

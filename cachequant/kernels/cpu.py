@@ -54,7 +54,11 @@ def unsupported(weights: tuple[WeightGrid, ...], geometry: Geometry) -> str | No
     """Why a layer cannot run in INT8 here; None where it can."""
     if geometry.groups != 1:
         return f"{geometry.groups} groups"
-    if geometry.is_conv and isinstance(geometry.padding, str) and _paddings(geometry, weights[0].values.shape[2:]) is None:
+    if (
+        geometry.is_conv
+        and isinstance(geometry.padding, str)
+        and _paddings(geometry, weights[0].values.shape[2:]) is None
+    ):
         return f"padding {geometry.padding!r} of an even kernel"
     return None
 
@@ -171,9 +175,8 @@ class TiledWeight:
 
     tiled: WinogradWeight
     geometry: Geometry
-    is_matrix = False
     offset = None
-    """The weights' own is part of the product."""
+    """None is added outside: the weights' own is part of the product."""
 
     @functools.cached_property
     def direct(self) -> PackedWeight:

@@ -1,7 +1,7 @@
-// What stands between two integer products on the CPU, in one pass each: normalise, activate, quantise; attention in blocks.
+// What stands between two integer products on the CPU, in one pass each: normalise, activate, quantise.
 //
-// Portable C++20 (vectorised by the compiler) over ATen's thread pool. Every operator has a reference in plain torch,
-// cachequant/kernels/fused.py, and is tested against it. Tensors are float32, channels last: [B, P, C] with P pixels.
+// Portable C++20 over ATen's thread pool. Every operator has a reference in plain torch, cachequant/kernels/fused.py, and is
+// tested against it. Tensors are float32, channels last: [B, P, C] with P pixels.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -9,122 +9,21 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include <bit>
+#include "vectors.h"
+
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 namespace {
 
 using at::Tensor;
-
-// Sixteen floats at once: one register with AVX-512, two with AVX2, four with NEON or SSE.
-
-constexpr int64_t kLanes = 16;
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-
-inline Vector load(const float* p, int64_t count = kLanes) {
-  Vector v{};
-  if (count == kLanes)
-    std::memcpy(&v, p, sizeof(v));
-  else
-    std::memcpy(&v, p, count * sizeof(float));
-  return v;
-}
-
-template <class T, class V>
-inline void store(T* p, V v, int64_t count = kLanes) {
-  static_assert(sizeof(V) == kLanes * sizeof(T));
-  if (count == kLanes)
-    std::memcpy(p, &v, sizeof(v));
-  else
-    std::memcpy(p, &v, count * sizeof(T));
-}
-
-// body(i, count) for every vector of [0, n); the last one may be short.
-template <class Body>
-inline void vectors(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
-  if (i < n) body(i, n - i);
-}
-
-inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
-inline Vector minimum(Vector x, Vector y) { return x < y ? x : y; }
-inline Vector all(float x) { return Vector{} + x; }
-inline Integers bits(Vector x) { return reinterpret_cast<Integers>(x); }
-
-inline float sum_of(Vector x) {
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
-}
-
-inline float largest_of(Vector x) {
-  float top = x[0];
-  for (int i = 1; i < kLanes; ++i) top = std::max(top, x[i]);
-  return top;
-}
-
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-
-inline Vector exponential(Vector x) {  // relative error 2e-7 on [-87, 88]
-  x = minimum(maximum(x, all(-87.0f)), all(88.0f));
-  const Vector shifted = x * 1.44269504f + kRounder;
-  const Vector n = shifted - kRounder;
-  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return reinterpret_cast<Vector>(bits(p) + (bits(shifted) << 23));
-}
-
-inline Vector silu(Vector x) { return x / (1.0f + exponential(-x)); }
-
-inline Vector gelu(Vector x) {  // x * Phi(x); erf after Abramowitz and Stegun 7.1.26, absolute error 1.5e-7
-  const Vector z = maximum(x, -x) * 0.70710678f;
-  const Vector t = 1.0f / (1.0f + 0.3275911f * z);
-  Vector p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const Vector tail = 0.5f * p * t * exponential(-z * z);  // Phi(-|x|)
-  return x * (x > 0.0f ? 1.0f - tail : tail);
-}
-
-struct Grid {  // q = clip(round(x / s) + z, 0, levels)
-  float inverse, low, high;
-  int32_t zero;
-
-  Bytes operator()(Vector x) const {
-    const Vector clipped = minimum(maximum(x * inverse, all(low)), all(high));  // the bounds are integers
-    const Integers q = bits(clipped + kRounder) - std::bit_cast<int32_t>(kRounder) + zero;
-    return __builtin_convertvector(q, Bytes);
-  }
-};
-
-Grid grid_of(at::ArrayRef<double> values, size_t index) {
-  const double zero = values[3 * index + 1], levels = values[3 * index + 2];
-  return {static_cast<float>(1.0 / values[3 * index]), static_cast<float>(-zero), static_cast<float>(levels - zero),
-          static_cast<int32_t>(zero)};
-}
+using namespace cachequant;
 
 struct Identity {
   Vector operator()(Vector x) const { return x; }
 };
-
-void quantize_row(const float* x, uint8_t* out, int64_t n, Grid grid) {
-  vectors(n, [&](int64_t i, int64_t count) { store(out + i, grid(load(x + i, count)), count); });
-}
 
 const float* floats(const Tensor& t) {
   TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous(), "expected a contiguous float32 tensor");
@@ -500,204 +399,6 @@ Tensor geglu(const Tensor& x, at::ArrayRef<double> grid) {
   return out;
 }
 
-// Attention in blocks with a running softmax (Dao et al. 2022): no [N, M] matrix is ever written to memory.
-
-constexpr int64_t kQueries = 48, kKeys = 512, kPanel = 4 * kLanes;
-
-template <int kRowCount, int kVectors>
-void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, bool add) {
-  Vector acc[kRowCount][kVectors];
-  for (int r = 0; r < kRowCount; ++r)
-    for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = add ? load(c + r * ldc + v * kLanes) : Vector{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * ldb + v * kLanes);
-    for (int r = 0; r < kRowCount; ++r) {
-      const float left = a[r * lda + k];
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += left * right[v];
-    }
-  }
-  for (int r = 0; r < kRowCount; ++r)
-    for (int v = 0; v < kVectors; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
-}
-
-template <int kVectors>
-void columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
-             bool add) {
-  constexpr int kStep = kVectors == 1 ? 12 : kVectors == 2 ? 12 : kVectors == 3 ? 8 : 6;
-  int64_t r = 0;
-  for (; r + kStep <= rows; r += kStep) tile<kStep, kVectors>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-  for (; r + 4 <= rows; r += 4) tile<4, kVectors>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-  for (; r < rows; ++r) tile<1, kVectors>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-}
-
-// c [rows, width] (+)= a [rows, depth] b [depth, width]; width is a multiple of the vector length.
-void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t width,
-              int64_t depth, bool add) {
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= width; j += 4 * kLanes) columns<4>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
-  switch ((width - j) / kLanes) {
-    case 3: columns<3>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add); break;
-    case 2: columns<2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add); break;
-    case 1: columns<1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add); break;
-    default: break;
-  }
-}
-
-// scores [padded] -> exp(scores - max), as good as 0 behind `keys`; updates the row's maximum and sum, returns the factor
-// by which earlier blocks shrink.
-float softmax_row(float* scores, int64_t keys, int64_t padded, float& top, float& sum) {
-  for (int64_t j = keys; j < padded; ++j) scores[j] = std::numeric_limits<float>::lowest();
-  Vector highest = all(top), total{};
-  for (int64_t j = 0; j < padded; j += kLanes) highest = maximum(highest, load(scores + j));
-  const float before = top;
-  top = largest_of(highest);
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    const Vector e = exponential(load(scores + j) - top);
-    total += e;
-    store(scores + j, e);
-  }
-  const float shrink = exponential(all(before - top))[0];
-  sum = sum * shrink + sum_of(total);
-  return shrink;
-}
-
-template <int kStep, size_t... kLane>
-inline void exchange(Vector& a, Vector& b, std::index_sequence<kLane...>) {
-  const Vector low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
-  a = low;
-}
-
-template <int kStep>
-inline void exchange_all(Vector* rows) {
-  for (int64_t i = 0; i < kLanes; ++i)
-    if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<kLanes>{});
-}
-
-inline void transpose(Vector* rows) {  // 16 × 16
-  exchange_all<8>(rows);
-  exchange_all<4>(rows);
-  exchange_all<2>(rows);
-  exchange_all<1>(rows);
-}
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-struct Attention {
-  const float *query, *key, *value;
-  int64_t batch, heads, queries, keys, width, row_q, row_k, row_v;
-  float scale;
-  int64_t padded_keys = round_up(keys, kLanes), padded_width = round_up(width, kLanes);
-
-  int64_t size = round_up(keys, kPanel) * width + padded_keys * padded_width;
-
-  // Keys times the scale as transposed panels [keys / 64, width, 64], then padded values [padded_keys, padded_width], of one
-  // head.
-  void pack(int64_t task, float* panels) const {
-    const int64_t b = task / heads, h = task % heads;
-    const float *k = key + b * keys * row_k + h * width, *v = value + b * keys * row_v + h * width;
-    for (int64_t j = 0; j < padded_keys; j += kLanes)
-      for (int64_t d = 0; d < width; d += kLanes) {
-        const int64_t count = std::min(kLanes, width - d);
-        Vector tile[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) tile[i] = j + i < keys ? load(k + (j + i) * row_k + d, count) * scale : Vector{};
-        transpose(tile);
-        float* column = panels + j / kPanel * kPanel * width + d * kPanel + j % kPanel;
-        for (int64_t i = 0; i < count; ++i) store(column + i * kPanel, tile[i]);
-      }
-    float* rows = values_of(panels);
-    for (int64_t j = 0; j < padded_keys; ++j) {
-      const int64_t inside = j < keys ? width : 0;
-      std::copy(v + j * row_v, v + j * row_v + inside, rows + j * padded_width);
-      std::fill(rows + j * padded_width + inside, rows + (j + 1) * padded_width, 0.0f);
-    }
-  }
-
-  float* values_of(float* panels) const { return panels + round_up(keys, kPanel) * width; }
-
-  // Output rows [begin, end) of one head into out [rows, padded_width].
-  void block(int64_t task, int64_t begin, int64_t end, float* panels, float* scores, float* out) const {
-    const float* v = values_of(panels);
-    const int64_t b = task / heads, h = task % heads, rows = end - begin;
-    const float* rows_q = query + (b * queries + begin) * row_q + h * width;
-    float top[kQueries], sum[kQueries];
-    std::fill(top, top + rows, std::numeric_limits<float>::lowest());
-    std::fill(sum, sum + rows, 0.0f);
-    for (int64_t start = 0; start < keys; start += kKeys) {
-      const int64_t count = std::min(kKeys, keys - start), padded = round_up(count, kLanes);
-      for (int64_t j = 0; j < padded; j += kPanel)
-        multiply(rows_q, row_q, panels + (start + j) * width, kPanel, scores + j, kKeys, rows, std::min(kPanel, padded - j),
-                 width, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float shrink = softmax_row(scores + r * kKeys, count, padded, top[r], sum[r]);
-        if (start > 0)
-          for (int64_t d = 0; d < padded_width; ++d) out[r * padded_width + d] *= shrink;
-      }
-      multiply(scores, kKeys, v + start * padded_width, padded_width, out, padded_width, rows, padded_width, padded, start > 0);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const float whole = 1.0f / sum[r];
-      for (int64_t d = 0; d < padded_width; ++d) out[r * padded_width + d] *= whole;
-    }
-  }
-};
-
-// softmax(q k^T scale) v per head: q [B, N, H*d], k and v [B, M, H*d], rows may be strided -> [B, N, H*d], integers if a grid is given.
-Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, double scale,
-                 at::ArrayRef<double> grid) {
-  for (const Tensor* t : {&query, &key, &value})
-    TORCH_CHECK(t->dim() == 3 && t->scalar_type() == at::kFloat && t->stride(2) == 1 &&
-                    t->stride(0) == t->size(1) * t->stride(1), "attention: expected float32 rows [B, N, C]");
-  const int64_t channels = query.size(2), width = channels / heads;
-  TORCH_CHECK(width * heads == channels && width <= 512 && key.sizes() == value.sizes() && key.size(2) == channels &&
-                  key.size(0) == query.size(0), "attention: shapes do not fit");
-  const Attention job{query.const_data_ptr<float>(), key.const_data_ptr<float>(), value.const_data_ptr<float>(),
-                      query.size(0), heads, query.size(1), key.size(1), width,
-                      query.stride(1), key.stride(1), value.stride(1), static_cast<float>(scale)};
-  const bool quantized = !grid.empty();
-  Tensor out = at::empty(query.sizes(), query.options().dtype(quantized ? at::kByte : at::kFloat));
-  const int64_t tasks = job.batch * heads, blocks = (job.queries + kQueries - 1) / kQueries;
-  // Blocks [first, last) of one head, whose operands are packed in `panels`.
-  const auto run = [&](int64_t t, int64_t first, int64_t last, float* panels, float* scores, float* rows) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i * kQueries, end = std::min(begin + kQueries, job.queries);
-      job.block(t, begin, end, panels, scores, rows);
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t place = (t / heads * job.queries + r) * channels + t % heads * width;
-        const float* row = rows + (r - begin) * job.padded_width;
-        if (quantized)
-          quantize_row(row, out.mutable_data_ptr<uint8_t>() + place, width, grid_of(grid, 0));
-        else
-          std::copy(row, row + width, out.mutable_data_ptr<float>() + place);
-      }
-    }
-  };
-  const int64_t threads = at::get_num_threads();
-  if (tasks % threads == 0 || tasks >= 8 * threads) {  // a head per task: what is packed stays in the core's cache
-    at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-      std::vector<float> panels(job.size), scores(kQueries * kKeys), rows(kQueries * job.padded_width);
-      for (int64_t t = first; t < last; ++t) {
-        job.pack(t, panels.data());
-        run(t, 0, blocks, panels.data(), scores.data(), rows.data());
-      }
-    });
-    return out;
-  }
-  Tensor packed = at::empty({tasks, job.size}, query.options());
-  float* buffer = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) job.pack(t, buffer + t * job.size);
-  });
-  at::parallel_for(0, tasks * blocks, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scores(kQueries * kKeys), rows(kQueries * job.padded_width);
-    for (int64_t i = first; i < last; ++i)
-      run(i / blocks, i % blocks, i % blocks + 1, buffer + i / blocks * job.size, scores.data(), rows.data());
-  });
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(cachequant, m) {
@@ -708,7 +409,6 @@ TORCH_LIBRARY(cachequant, m) {
   m.def("window_sums(Tensor q, int zero, int[] place) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor gamma, Tensor beta, float eps, float[] grids) -> Tensor[]");
   m.def("geglu(Tensor x, float[] grid) -> Tensor");
-  m.def("attention(Tensor query, Tensor key, Tensor value, int heads, float scale, float[] grid) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(cachequant, CPU, m) {
@@ -718,5 +418,4 @@ TORCH_LIBRARY_IMPL(cachequant, CPU, m) {
   m.impl("window_sums", window_sums);
   m.impl("layer_norm", layer_norm);
   m.impl("geglu", geglu);
-  m.impl("attention", attention);
 }

@@ -1,7 +1,7 @@
-"""Builds the C++ operators of `fused.cpp` and `winograd.cpp` once per machine, and says why where it cannot.
+"""Builds the C++ operators of this folder once per machine, and says why where it cannot.
 
-One compiler call against torch's own headers (no ninja, about fifteen seconds), kept in a cache folder named by everything that
-the result depends on. Without a compiler the package works on the plain torch operators of `cachequant.kernels.fused`.
+One compiler call against torch's own headers (no ninja, about twenty seconds), kept in a cache folder named by everything
+that the result depends on. Without a compiler the package works on the plain torch operators of `cachequant.kernels.fused`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused.cpp", "winograd.cpp"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("fused", "attention", "winograd"))
+HEADER = Path(__file__).with_name("vectors.h")
 SWITCH = "CACHEQUANT_NATIVE"
 """Environment variable: 0 leaves the C++ operators out."""
 
@@ -58,7 +59,13 @@ def _flags() -> list[str]:
 
 def _library_path() -> Path:
     """Where the library of this source, compiler, torch and processor is or will be."""
-    key = [*(source.read_text(encoding="utf-8") for source in SOURCES), _compiler(), *_flags(), torch.__version__, _processor()]
+    key = [
+        *(source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)),
+        _compiler(),
+        *_flags(),
+        torch.__version__,
+        _processor(),
+    ]
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "cachequant" / f"fused-{digest}.so"
@@ -78,11 +85,21 @@ def _compile(library: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("building the C++ operators (once per machine, about fifteen seconds) …", file=sys.stderr, flush=True)
+    print("building the C++ operators (once per machine, about twenty seconds) …", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         includes = [f"-I{path}" for path in include_paths()]
         links = [f"-L{path}" for path in library_paths()]
-        command = [_compiler(), *_flags(), *includes, *map(str, SOURCES), "-o", str(made), *links, "-lc10", "-ltorch_cpu"]
+        command = [
+            _compiler(),
+            *_flags(),
+            *includes,
+            *map(str, SOURCES),
+            "-o",
+            str(made),
+            *links,
+            "-lc10",
+            "-ltorch_cpu",
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(library)

@@ -3,15 +3,15 @@
 Four by four outputs need 144 products per pair of channels directly, and 36 as Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A (Winograd 1980;
 Lavin and Gray 2016). In floating point that rounds. Here nothing does:
 
-- Bᵀ is whole. G = D⁻¹G' with whole G' and D = diag(4, -6, -6, 24, 24, 1), so that 24·D⁻¹ is whole too. G' takes a weight of at
-  most 255 to 49·255, Bᵀ an input of at most 128 to 100·128: both fit 16 bits, which processors with VNNI multiply half as fast
-  as 8.
-- Sums over channels and AᵀD⁻¹ may leave 32 bits, where they wrap. What comes out is 576·Y modulo 2³². Nine has an
-  inverse there, which leaves 64·Y; so Y is known where |Y| < 2²⁵. Inputs are taken relative to 128, |Y| ≤ 128·Σ|w|, and channels are
-  summed in slices short enough for that; whole slices are added up in 32 bits. Σ w·(x - z) = Y + (128 - z)·Σw.
+- Bᵀ is whole. G = D⁻¹G' with whole G' and D = diag(4, -6, -6, 24, 24, 1), so that 24·D⁻¹ is whole too. G' takes a weight
+  of at most 255 to 49·255, Bᵀ an input of at most 128 to 100·128: both fit 16 bits, which processors with VNNI multiply
+  half as fast as 8.
+- Sums over channels and AᵀD⁻¹ may leave 32 bits, where they wrap. What comes out is 576·Y modulo 2³². Nine has an inverse
+  there, which leaves 64·Y; so Y is known where |Y| < 2²⁵. Inputs are taken relative to 128, |Y| ≤ 128·Σ|w|, and channels
+  are summed in slices short enough for that; whole slices are added up in 32 bits. Σ w·(x - z) = Y + (128 - z)·Σw.
 
-So a quarter of the products at half the speed. Weights stay 8 bits in memory and are transformed 64 output channels at a time, in
-each call: that costs as much as six tiles of 4×4 pixels, hence `FEWEST`.
+So a quarter of the products at half the speed. Weights stay 8 bits in memory and are transformed 64 output channels at a
+time, in each call: that costs as much as six tiles of 4×4 pixels, hence `FEWEST`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class WinogradWeight:
         blocks, order = -(-outer // WIDTH), interleaved()
         filled = F.pad(values.flatten(2), (0, 0, 0, 0, 0, blocks * WIDTH - outer))  # [O', I, 9]
         packed = filled.view(blocks, WIDTH, inner, 9)[:, order].permute(0, 2, 3, 1).contiguous()
-        moved = None if offset is None else F.pad(offset.short(), (0, blocks * WIDTH - outer)).view(blocks, WIDTH)[:, order]
+        moved = (
+            None if offset is None else F.pad(offset.short(), (0, blocks * WIDTH - outer)).view(blocks, WIDTH)[:, order]
+        )
         size = longest_slice(whole.abs().sum((2, 3)))
         return WinogradWeight(packed, moved, whole.sum((1, 2, 3)).int(), size, outer)
 
@@ -105,7 +107,7 @@ class WinogradWeight:
 
 
 def interleaved() -> Tensor:
-    """Position -> output channel of a block: 16-bit halves of 128 bits are interleaved, and come out in order of channels."""
+    """Position -> output channel of a block: interleaving the halves of 128 bits puts channels in order."""
     position = torch.arange(WIDTH)
     half, lane = position // 32, position % 32
     return (2 * half + lane % 8 // 4) * 16 + lane // 8 * 4 + lane % 4

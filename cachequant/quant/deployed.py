@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cachequant.cache.feature_cache import FeatureCache
 from cachequant.correction import fold_into_epilogue
 from cachequant.errors import UserError
-from cachequant.kernels.cpu import pack, rows_of
+from cachequant.kernels.cpu import PackedWeight, pack, rows_of
 from cachequant.kernels.fused import Grid, Sum, quantize
 from cachequant.kernels.reference import Geometry
 from cachequant.quant.layers import Layer
@@ -103,7 +103,7 @@ class IntegerLayer(nn.Module):
         sums: list[Tensor] = []
         for segment, (q, packed, grid) in enumerate(zip(integers, self.packed, self.grids(), strict=True)):
             scale, shift = self._epilogue() if segment == 0 else (self.scales[segment], None)
-            if packed.is_matrix:
+            if isinstance(packed, PackedWeight) and packed.is_matrix:
                 plus = packed.multiply(rows_of(q, self.geometry), grid, scale, shift, plus, reuse)
                 reuse = True
             else:

@@ -83,7 +83,7 @@ def native_cases() -> Cases:
     terms, columns = torch.randn(6, 2), torch.randn(2, 8)
     norm = torch.rand(12), torch.rand(12), 4, 1e-5, True
     skip = torch.randn(2, 3, 4)
-    return {
+    return winograd_cases() | {
         "quantize": (torch.randn(2, 5, 4, 3).permute(0, 3, 1, 2), NATIVE_GRID),
         "group_norm": (x, x + 1, terms, columns, skip, torch.randn(1, 12), *norm, NATIVE_GRID * 2),
         "group_norm: floats": (x, None, None, None, skip, None, *norm, []),
@@ -94,4 +94,19 @@ def native_cases() -> Cases:
         "geglu": (rows, NATIVE_GRID),
         "attention": (x, x + 1, x + 2, 2, 0.5, NATIVE_GRID),
         "attention: floats": (x, x + 1, x + 2, 2, 0.5, []),
+    }
+
+
+def winograd_cases() -> Cases:
+    """Of the operator that some processors lack."""
+    if not hasattr(torch.ops.cachequant, "winograd"):
+        return {}
+    weights, totals = integers(1, 32, 9, 64), torch.randint(-9, 9, (16,), dtype=torch.int32)
+    offsets, images = (
+        torch.randint(-9, 9, (1, 64), dtype=torch.int16),
+        torch.randint(0, 256, (2, 6, 5, 32), dtype=torch.uint8),
+    )
+    return {
+        "winograd": (images, 0.1, 3, weights, None, totals, torch.rand(16), None, 32),
+        "winograd: offsets and a bias": (images, 0.1, 3, weights, offsets, totals, torch.rand(16), torch.rand(16), 32),
     }

@@ -160,8 +160,12 @@ def test_scales_are_read_as_numbers_however_they_lie() -> None:
 
 
 @pytest.mark.parametrize("make", [unconditional, conditional])
-def test_the_network_differs_from_the_simulation_no_more_than_that_does_from_itself(make: Any) -> None:
-    """Rounding decides near grid borders; a change of the input by 1e-6 moves the simulated network as much."""
+def test_the_network_is_the_simulation_but_for_rounding_at_borders(make: Any) -> None:
+    """Attention errs by a few hundredths of a grid's step, which sends that share of the integers behind it to a neighbour.
+
+    A tenth of them at a neighbour differ from the others by 0.7 of what rounding does to all; they are no farther from full
+    precision. The bounds are those of the GPU's check (scripts/gpu/check_models.py).
+    """
     network = make()
     clock = FeatureCache(uniform_schedule(4, 2))
     state = calibrated(network, clock)
@@ -175,8 +179,9 @@ def test_the_network_differs_from_the_simulation_no_more_than_that_does_from_its
     handle = deploy(network, state, clock)
     integer = network(x, timestep, **kwargs).sample
     handle.remove()
-    chaos, quantisation = (moved - simulated).norm(), (simulated - exact).norm()
-    assert float((integer - simulated).norm()) <= max(3 * float(chaos), 0.3 * float(quantisation))
+    chaos, quantisation = float((moved - simulated).norm()), float((simulated - exact).norm())
+    assert float((integer - simulated).norm()) <= max(3 * chaos, 0.7 * quantisation)
+    assert float((integer - exact).norm()) <= 1.1 * quantisation
 
 
 def test_masks_run_the_class_of_the_block() -> None:
