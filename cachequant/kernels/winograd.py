@@ -82,15 +82,17 @@ class WinogradWeight:
     def of(values: Tensor, offset: Tensor | None) -> WinogradWeight:
         """From int8 [O, I, 3, 3] w' and whole [O] o."""
         outer, inner = values.shape[:2]
-        whole = values.int() if offset is None else values.int() + offset.int().view(-1, 1, 1, 1)
-        blocks, order = -(-outer // WIDTH), interleaved()
-        filled = F.pad(values.flatten(2), (0, 0, 0, 0, 0, blocks * WIDTH - outer))  # [O', I, 9]
-        packed = filled.view(blocks, WIDTH, inner, 9)[:, order].permute(0, 2, 3, 1).contiguous()
-        moved = (
-            None if offset is None else F.pad(offset.short(), (0, blocks * WIDTH - outer)).view(blocks, WIDTH)[:, order]
-        )
-        size = longest_slice(whole.abs().sum((2, 3)))
-        return WinogradWeight(packed, moved, whole.sum((1, 2, 3)).int(), size, outer)
+        whole = values.short()
+        if offset is not None:
+            whole += offset.short().view(-1, 1, 1, 1)
+        totals = whole.sum((1, 2, 3), dtype=torch.int32)  # [O]
+        size = longest_slice(whole.abs_().sum((2, 3), dtype=torch.int32))
+        blocks = -(-outer // WIDTH)
+        missing = blocks * WIDTH - outer
+        filled = F.pad(values.flatten(2), (0, 0, 0, 0, 0, missing)).view(blocks, WIDTH, inner, 9)
+        packed = filled[:, interleaved()].permute(0, 2, 3, 1).contiguous()
+        moved = None if offset is None else F.pad(offset.short(), (0, missing)).view(blocks, WIDTH)[:, interleaved()]
+        return WinogradWeight(packed, moved, totals, size, outer)
 
     def plain(self) -> tuple[Tensor, Tensor | None]:
         """What `of` was given: int8 [O, I, 3, 3] w' and [O] o."""
