@@ -327,18 +327,24 @@ struct Attention {
   }
 };
 
+// Of a row [B, N, C] from the next.
+int64_t distance(const Tensor& rows) { return rows.stride(rows.size(1) == 1 ? 0 : 1); }
+
 // softmax(q k^T scale) v per head: q [B, N, H*d], k and v [B, M, H*d], rows may be strided -> [B, N, H*d], integers if a grid is given.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, double scale,
                  at::ArrayRef<double> grid) {
   for (const Tensor* t : {&query, &key, &value})
     TORCH_CHECK(t->dim() == 3 && t->scalar_type() == at::kFloat && t->stride(2) == 1 &&
-                    t->stride(0) == t->size(1) * t->stride(1), "attention: expected float32 rows [B, N, C]");
+                    (t->size(0) == 1 || t->size(1) == 1 || t->stride(0) == t->size(1) * t->stride(1)),
+                "attention: expected float32 rows [B, N, C], all the same distance apart");
+  TORCH_CHECK(heads > 0, "attention: expected heads");
   const int64_t channels = query.size(2), width = channels / heads;
+  TORCH_CHECK(scale >= 0.0 && (grid.empty() || grid.size() == 3), "attention: expected a scale of 0 or more and one grid or none");
   TORCH_CHECK(width * heads == channels && width <= 512 && key.sizes() == value.sizes() && key.size(2) == channels &&
                   key.size(0) == query.size(0), "attention: shapes do not fit");
   const Attention<Fast> job{query.const_data_ptr<float>(), key.const_data_ptr<float>(), value.const_data_ptr<float>(),
                             query.size(0), heads, query.size(1), key.size(1), width,
-                            query.stride(1), key.stride(1), value.stride(1), static_cast<float>(scale)};
+                            distance(query), distance(key), distance(value), static_cast<float>(scale)};
   const bool quantized = !grid.empty();
   Tensor out = at::empty(query.sizes(), query.options().dtype(quantized ? at::kByte : at::kFloat));
   const int64_t tasks = job.batch * heads, blocks = (job.queries + kQueries - 1) / kQueries;

@@ -51,7 +51,11 @@ def _compiler() -> str:
 
 def _flags() -> list[str]:
     """What the library is built with; `-march=native` because it is built where it runs."""
-    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    library, arithmetic = (
+        ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"],
+        ["-fno-math-errno", "-fno-trapping-math"],
+    )
+    flags = [*library, *arithmetic, "-fwrapv", "-Wno-psabi"]
     if platform.machine() in ("x86_64", "AMD64"):
         return [*flags, "-march=native", "-mprefer-vector-width=512"]
     return [*flags, "-mcpu=native"]

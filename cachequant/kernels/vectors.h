@@ -1,5 +1,5 @@
-// Sixteen floats at once: one register with AVX-512, two with AVX2, four with NEON or SSE. Portable C++20 that the compiler
-// vectorises.
+// Sixteen floats at once, one register with AVX-512. Portable C++20; elsewhere the compiler divides them, and some compilers
+// compare them one by one.
 
 #pragma once
 

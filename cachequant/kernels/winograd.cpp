@@ -1,5 +1,5 @@
 // 3×3 convolutions of 8-bit integers by Winograd's F(4×4, 3×3), without rounding: cachequant/kernels/winograd.py has the
-// mathematics and what every operand is. Needs AVX-512 with VNNI; elsewhere the operator does not exist.
+// mathematics and what every operand is. Needs AVX-512 with VNNI; elsewhere the operator does not exist. Sums wrap: -fwrapv.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
 
 namespace {
@@ -23,7 +24,8 @@ constexpr int64_t kPoints = 36;   // products per tile and pair of channels
 constexpr int64_t kOutputs = 64;  // output channels at a time, four registers
 constexpr int64_t kRows = 6;      // tiles at a time
 constexpr int64_t kBlock = 48;    // tiles whose sums stay in the core's cache
-constexpr int64_t kChunk = 192;   // tiles transformed before they are multiplied
+constexpr int64_t kChunk = 192;   // tiles transformed before they are multiplied, and more for many threads
+constexpr int64_t kLargest = 768;
 constexpr int32_t kCentre = 128;  // taken from every input, which halves the largest sum
 constexpr int32_t kNinth = 954437177;  // 9 * kNinth = 1 modulo 2^32
 
@@ -260,12 +262,13 @@ Tensor winograd(const Tensor& q, double step, int64_t zero, const Tensor& weight
                         totals.const_data_ptr<int32_t>(), scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
                         out.mutable_data_ptr<float>(), q.size(0), q.size(1), q.size(2), depth, outputs, std::min(slice, depth),
                         static_cast<int32_t>(zero), static_cast<float>(step)};
-  const int64_t chunk = std::min(kChunk, job.tiles), threads = at::get_num_threads();
-  const int64_t parts = blocks % threads == 0 ? 1 : threads;  // else some cores would wait for others
+  const int64_t threads = at::get_num_threads();
+  const int64_t shares = threads / std::gcd(blocks, threads);  // every thread gets as many of blocks times shares
+  const int64_t chunk = std::min({std::max(kChunk, shares * kBlock), kLargest, job.tiles});
   Tensor images;
   int16_t* v = room<int16_t>(images, (chunk + kBlock - 1) / kBlock * kPoints * job.plane);
   for (int64_t first = 0; first < job.tiles; first += chunk) {
-    const int64_t count = std::min(chunk, job.tiles - first);
+    const int64_t count = std::min(chunk, job.tiles - first), parts = std::min(shares, (count + kBlock - 1) / kBlock);
     at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) { job.transform_images(first, begin, end, v); });
     at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
       Tensor memory[3];

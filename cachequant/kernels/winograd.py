@@ -10,8 +10,8 @@ Lavin and Gray 2016). In floating point that rounds. Here nothing does:
   there, which leaves 64·Y; so Y is known where |Y| < 2²⁵. Inputs are taken relative to 128, |Y| ≤ 128·Σ|w|, and channels
   are summed in slices short enough for that; whole slices are added up in 32 bits. Σ w·(x - z) = Y + (128 - z)·Σw.
 
-So a quarter of the products at half the speed. Weights stay 8 bits in memory and are transformed 64 output channels at a
-time, in each call: that costs as much as six tiles of 4×4 pixels, hence `FEWEST`.
+So a quarter of the products at half the speed. Weights stay 8 bits in memory and are transformed where they are used, 64
+output channels at a time for some hundred tiles: that costs as much as six tiles of 4×4 pixels, hence `FEWEST`.
 """
 
 from __future__ import annotations
@@ -80,19 +80,19 @@ class WinogradWeight:
 
     @staticmethod
     def of(values: Tensor, offset: Tensor | None) -> WinogradWeight:
-        """From int8 [O, I, 3, 3] w' and whole [O] o."""
+        """From int8 [O, I, 3, 3] w' and whole [O] o; a block at a time, so that little is made beside the result."""
         outer, inner = values.shape[:2]
-        whole = values.short()
-        if offset is not None:
-            whole += offset.short().view(-1, 1, 1, 1)
-        totals = whole.sum((1, 2, 3), dtype=torch.int32)  # [O]
-        size = longest_slice(whole.abs_().sum((2, 3), dtype=torch.int32))
-        blocks = -(-outer // WIDTH)
-        missing = blocks * WIDTH - outer
-        filled = F.pad(values.flatten(2), (0, 0, 0, 0, 0, missing)).view(blocks, WIDTH, inner, 9)
-        packed = filled[:, interleaved()].permute(0, 2, 3, 1).contiguous()
-        moved = None if offset is None else F.pad(offset.short(), (0, missing)).view(blocks, WIDTH)[:, interleaved()]
-        return WinogradWeight(packed, moved, totals, size, outer)
+        blocks, place = -(-outer // WIDTH), torch.argsort(interleaved())
+        packed = values.new_zeros(blocks, inner, 9, WIDTH)
+        totals, sizes = torch.empty(outer, dtype=torch.int32), torch.empty(outer, inner, dtype=torch.int32)
+        for i, part in enumerate(values.split(WIDTH)):
+            rows = slice(i * WIDTH, i * WIDTH + len(part))
+            packed[i][:, :, place[: len(part)]] = part.flatten(2).permute(1, 2, 0)  # [I, 9, 64]
+            whole = part.short() if offset is None else part + offset[rows].short().view(-1, 1, 1, 1)
+            totals[rows] = whole.sum((1, 2, 3), dtype=torch.int32)
+            sizes[rows] = whole.abs_().sum((2, 3), dtype=torch.int32)
+        moved = None if offset is None else _blocks(offset.short())[:, interleaved()]
+        return WinogradWeight(packed, moved, totals, longest_slice(sizes), outer)
 
     def plain(self) -> tuple[Tensor, Tensor | None]:
         """What `of` was given: int8 [O, I, 3, 3] w' and [O] o."""
@@ -106,6 +106,11 @@ class WinogradWeight:
         """scale[o]·grid.scale·Σ (x - z)·w + bias of uint8 [B, I, H, W] -> float32 [B, O, H, W], both channels last."""
         head, weights = (x.permute(0, 2, 3, 1), grid.scale, grid.zero_point), (self.values, self.offset, self.totals)
         return torch.ops.cachequant.winograd(*head, *weights, scale, bias, self.slice).permute(0, 3, 1, 2)
+
+
+def _blocks(channels: Tensor) -> Tensor:
+    """[O] -> [O / 64, 64], filled up with zeros."""
+    return F.pad(channels, (0, -len(channels) % WIDTH)).view(-1, WIDTH)
 
 
 def interleaved() -> Tensor:

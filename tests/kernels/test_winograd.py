@@ -77,9 +77,29 @@ def test_random_inputs_of_many_slices() -> None:
 
 
 @runs_here
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("moved", [False, True])
+def test_several_slices_of_several_blocks_of_many_tiles(threads: int, moved: bool) -> None:
+    """What earlier slices leave is of the right tile, block and channel; more tiles than are transformed at once."""
+    draw = torch.Generator().manual_seed(threads)
+    x = torch.randint(0, 256, (2, 640, 33, 50), generator=draw, dtype=torch.uint8)  # 234 tiles
+    values = torch.randint(-128, 128, (144, 640, 3, 3), generator=draw, dtype=torch.int8)
+    offset = torch.randint(-127, 128, (144,), generator=draw) if moved else None
+    whole = values.int() if offset is None else values.int() + offset.view(-1, 1, 1, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert WinogradWeight.of(values, offset).slice < 512
+        found = convolve(x, values, offset, 200)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, exact(x, whole, 200).float())
+
+
+@runs_here
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_scale_and_bias_with_any_number_of_threads(threads: int) -> None:
-    """Blocks of outputs that threads do not divide evenly are divided by tiles."""
+    """Blocks of outputs that threads do not divide evenly are divided by tiles, of which there may be too few."""
     draw = torch.Generator().manual_seed(threads)
     x = torch.randint(0, 256, (2, 32, 40, 36), generator=draw, dtype=torch.uint8)  # 180 tiles, 4 blocks of them
     values = torch.randint(-128, 128, (80, 32, 3, 3), generator=draw, dtype=torch.int8)
