@@ -1,4 +1,4 @@
-"""INT8 on the CPU: oneDNN's convolution and matrix product through torch's own operators.
+"""INT8 on the CPU: oneDNN's convolution and matrix product through torch's own operators, Winograd's 3×3 convolution.
 
 Activations are uint8 with the step's scale and zero point (arguments of each call), weights int8 per output channel, outputs
 float32 with scale, bias and an optional sum in the epilogue. The numbers are those of `cachequant.kernels.reference`.
@@ -54,11 +54,7 @@ def unsupported(weights: tuple[WeightGrid, ...], geometry: Geometry) -> str | No
     """Why a layer cannot run in INT8 here; None where it can."""
     if geometry.groups != 1:
         return f"{geometry.groups} groups"
-    if (
-        geometry.is_conv
-        and isinstance(geometry.padding, str)
-        and _paddings(geometry, weights[0].values.shape[2:]) is None
-    ):
+    if geometry.is_conv and _paddings(geometry, weights[0].values.shape[2:]) is None:
         return f"padding {geometry.padding!r} of an even kernel"
     return None
 

@@ -51,11 +51,8 @@ def _compiler() -> str:
 
 def _flags() -> list[str]:
     """What the library is built with; `-march=native` because it is built where it runs."""
-    library, arithmetic = (
-        ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"],
-        ["-fno-math-errno", "-fno-trapping-math"],
-    )
-    flags = [*library, *arithmetic, "-fwrapv", "-Wno-psabi"]
+    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+    flags += ["-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-Wno-psabi"]  # sums of winograd.cpp wrap
     if platform.machine() in ("x86_64", "AMD64"):
         return [*flags, "-march=native", "-mprefer-vector-width=512"]
     return [*flags, "-mcpu=native"]
@@ -63,13 +60,8 @@ def _flags() -> list[str]:
 
 def _library_path() -> Path:
     """Where the library of this source, compiler, torch and processor is or will be."""
-    key = [
-        *(source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)),
-        _compiler(),
-        *_flags(),
-        torch.__version__,
-        _processor(),
-    ]
+    sources = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
+    key = [*sources, _compiler(), *_flags(), torch.__version__, _processor()]
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "cachequant" / f"fused-{digest}.so"
@@ -93,17 +85,7 @@ def _compile(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         includes = [f"-I{path}" for path in include_paths()]
-        links = [f"-L{path}" for path in library_paths()]
-        command = [
-            _compiler(),
-            *_flags(),
-            *includes,
-            *map(str, SOURCES),
-            "-o",
-            str(made),
-            *links,
-            "-lc10",
-            "-ltorch_cpu",
-        ]
+        links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
+        command = [_compiler(), *_flags(), *includes, *map(str, SOURCES), "-o", str(made), *links]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(library)
